@@ -1,0 +1,78 @@
+"""What the tests share: a copy of the project, a small data set in MNIST's format, and a way to run commands."""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+PROJECT = Path(__file__).parent.parent
+SMALL_RUN = ("--n-feat", "8", "--n-T", "40", "--batch-size", "16", "--data-dir", "small", "--device", "cpu")
+
+
+def write_idx(path: Path, tensor: Tensor) -> None:
+    """A uint8 tensor in the IDX format of MNIST (http://yann.lecun.com/exdb/mnist)."""
+    header = struct.pack(f">BBBB{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)
+    path.write_bytes(header + tensor.numpy().tobytes())
+
+
+def write_small_mnist(data_dir: Path, n_images: int = 64) -> None:
+    """Images of a bright bar whose height on the image is the label, in all four files of MNIST."""
+    raw = data_dir / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    labels = (torch.arange(n_images) % 10).byte()
+    images = torch.zeros(n_images, 28, 28, dtype=torch.uint8)
+    for image, label in zip(images, labels.tolist()):
+        image[2 * label + 3 : 2 * label + 6, 6:22] = 255
+    for split in ("train", "t10k"):
+        write_idx(raw / f"{split}-images-idx3-ubyte", images)
+        write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
+
+
+@pytest.fixture(scope="session")
+def copy_of_project(tmp_path_factory) -> Path:
+    """The files a user has, with the small data set in `small`. Tests that write to it use folders of their own."""
+    copy = tmp_path_factory.mktemp("project")
+    for path in PROJECT.glob("*.py"):
+        shutil.copy(path, copy)
+    for folder in ("weights", "generated_outputs"):
+        shutil.copytree(PROJECT / folder, copy / folder)
+    write_small_mnist(copy / "small")
+    return copy
+
+
+@pytest.fixture
+def workdir(copy_of_project, tmp_path) -> Path:
+    """An empty folder with the scripts and the small data set, but no weights and no pictures."""
+    for path in copy_of_project.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(copy_of_project / "small", tmp_path / "small")
+    return tmp_path
+
+
+def start(cwd: Path, *command: str, **env: str) -> subprocess.Popen:
+    """Starts `python command...` in cwd, with its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=cwd, env=os.environ | {"PYTHONUNBUFFERED": "1"} | env, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run(cwd: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
+    """Runs `python command...` in cwd to its end."""
+    process = start(cwd, *command, **env)
+    out, err = process.communicate(timeout=280)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *mentions: str) -> None:
+    """The command failed with status 1 and one line on stderr that has all of mentions."""
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    for text in mentions:
+        assert text in result.stderr

@@ -1,0 +1,127 @@
+"""How good are the drawn digits? Prints, for each guidance weight and number of steps, figures of N images per class.
+
+    python -m tests.evaluate                                        # the shipped weights, 200 images per class
+    python -m tests.evaluate --guide-w 0 0.5 1 --steps 400 50 20 --per-class 500
+    python -m tests.evaluate --data-dir data                        # remake the features of real images
+
+accuracy   how often the judge (tests/digit_classifier.py) sees the digit that was asked for
+FID        Fréchet distance (Heusel et al. 2017, arXiv:1706.08500) to the 10,000 images of the MNIST test set, in the
+           judge's 64 features (not comparable with figures measured in Inception features)
+precision  share of drawn images that lie among real ones, recall: share of real ones that lie among the drawn
+           (Kynkäänniemi et al. 2019, arXiv:1904.06991, k = 3), against N test images per class
+corners    mean brightness of the four 3x3 corners of the images; a black background has 0
+
+The first line has the same figures for N real training images per class: the floor that a perfect model would reach.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm_model import DDPM, GUIDE_W, WeightsError, load_ddpm, number, pick_device
+from tests.digit_classifier import judge, load_classifier
+
+FIXTURE = Path(__file__).parent / "fixtures" / "mnist_features.pth"
+TRAIN_PER_CLASS = 500  # of the training set, the fixture keeps this many of each digit
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of the Gaussians fitted to features a [N,D] and b [M,D] (Heusel et al. 2017, eq. 6)."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    trace_of_root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_of_root).item()
+
+
+def share_inside(points: Tensor, of: Tensor, k: int = 3) -> float:
+    """Share of points [N,D] within reach of `of` [M,D]: nearer to one of them than its k-th neighbour among them
+    (Kynkäänniemi et al. 2019, eq. 1 and 2)."""
+    points, of = points.double(), of.double()
+    radii = torch.cdist(of, of).kthvalue(k + 1, dim=1).values  # the nearest of all is the point itself
+    return (torch.cdist(points, of) <= radii).any(dim=1).double().mean().item()
+
+
+def first_of_each_class(labels: Tensor, n: int) -> Tensor:
+    """Indices of the first n of each digit."""
+    return torch.cat([(labels == digit).nonzero()[:n, 0] for digit in range(10)])
+
+
+def real_features(data_dir: str) -> dict[str, Tensor]:
+    """The judge's view of MNIST: features and predictions of the whole test set and of part of the training set."""
+    from torchvision.datasets import MNIST
+
+    real = {}
+    for name, is_train in (("test", False), ("train", True)):
+        split = MNIST(data_dir, train=is_train, download=True)
+        index = first_of_each_class(split.targets, TRAIN_PER_CLASS) if is_train else torch.arange(len(split.data))
+        features, predicted = judge(load_classifier(), split.data[index][:, None] / 255)
+        real[name] = features.half()  # halves the fixture; figures change in the fourth digit
+        real[f"{name}_labels"], real[f"{name}_predicted"] = split.targets[index].byte(), predicted.byte()
+    return real
+
+
+def draw(ddpm: DDPM, per_class: int, guide_w: float, steps: int, seed: int, batch_size: int = 500) -> Tensor:
+    """per_class images of each digit, [10 per_class,1,28,28]: first all zeros, then all ones, ..."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(10).repeat_interleave(per_class).to(ddpm.alphabar.device)
+    return torch.cat([ddpm.sample(c, guide_w, steps, generator).cpu() for c in labels.split(batch_size)])
+
+
+def corner_brightness(images: Tensor) -> float:
+    """Mean of the four 3x3 corners of images [N,1,28,28]."""
+    ends = torch.tensor([0, 1, 2, -3, -2, -1])
+    return images[..., ends, :][..., ends].mean().item()
+
+
+def figures(features: Tensor, predicted: Tensor, labels: Tensor, real: dict[str, Tensor], per_class: int) -> str:
+    """The columns of one line that judge images by their features, predicted and asked-for digits."""
+    test = real["test"].float()
+    peers = test[first_of_each_class(real["test_labels"], per_class)]
+    accuracy = (predicted == labels).double().mean()
+    return (
+        f"{accuracy:8.2%}  {frechet_distance(features, test):6.3f}"
+        f"  {share_inside(features, peers):9.3f}  {share_inside(peers, features):6.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the quality of drawn digits.")
+    parser.add_argument("--weights", default="weights/ddpm_mnist.pth")
+    parser.add_argument("--guide-w", type=number(float, 0, 100), nargs="+", default=[0.0, GUIDE_W, 1.0])
+    parser.add_argument("--steps", type=number(int, 1), nargs="+", default=[400, 50, 20])
+    parser.add_argument("--per-class", type=number(int, 4, TRAIN_PER_CLASS), default=200)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--device", type=pick_device, default="auto")
+    parser.add_argument("--data-dir", help="remake the fixture of real features from the MNIST here")
+    args = parser.parse_args()
+
+    if args.data_dir:
+        torch.save(real_features(args.data_dir), FIXTURE)
+    real = torch.load(FIXTURE, weights_only=True)
+    try:
+        ddpm = load_ddpm(args.weights, args.device)
+    except WeightsError as error:
+        raise SystemExit(f"error: {error}") from None
+
+    print(f"{args.per_class} images per class       accuracy     FID  precision  recall  corners  s/image", flush=True)
+    some = first_of_each_class(real["train_labels"], args.per_class)
+    columns = (real["train"][some].float(), real["train_predicted"][some], real["train_labels"][some])
+    print(f"real training images     {figures(*columns, real, args.per_class)}")
+    labels, classifier = torch.arange(10).repeat_interleave(args.per_class), load_classifier()
+    for steps in args.steps:
+        for guide_w in args.guide_w:
+            start = time.perf_counter()
+            images = draw(ddpm, args.per_class, guide_w, steps, args.seed)
+            seconds = (time.perf_counter() - start) / len(images)
+            line = figures(*judge(classifier, images), labels, real, args.per_class)
+            print(
+                f"{steps:4d} steps, guide_w {guide_w:4.2f}  {line}  {corner_brightness(images):7.4f}  {seconds:7.4f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

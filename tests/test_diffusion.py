@@ -1,0 +1,262 @@
+"""The mathematics of ddpm_model.py: schedule, noising, loss, guidance and sampling, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm_model import DDPM, ContextUnet, ddpm_schedules, image_grid
+
+
+def randomised(net: nn.Module) -> nn.Module:
+    """A network whose last layers, zero at the start, are not: every part of it counts."""
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return net.eval()
+
+
+def small_ddpm(n_T: int = 40, drop_prob: float = 0.1) -> DDPM:
+    return DDPM(randomised(ContextUnet(n_feat=8)), DDPM.default_betas(n_T), n_T, drop_prob).eval()
+
+
+class Oracle(nn.Module):
+    """The best possible network when all data is one image x0: it knows x0, so eps and v follow from x_t."""
+
+    def __init__(self, x0: torch.Tensor, betas: tuple[float, float], n_T: int):
+        super().__init__()
+        self.x0, self.n_T, self.alphabar = x0, n_T, ddpm_schedules(*betas, n_T)["alphabar"]
+
+    def forward(self, x, c, t, context_mask):
+        alphabar = self.alphabar[(t * self.n_T).round().long()][:, None, None, None]
+        eps = (x - alphabar.sqrt() * self.x0) / (1 - alphabar).sqrt()
+        return alphabar.sqrt() * eps - (1 - alphabar).sqrt() * self.x0
+
+
+def gaussian_ddpm(n_T: int, std: float) -> DDPM:
+    """A DDPM whose network is exact for data x0 ~ N(0, std^2) in the model's units: E[v | x_t] is linear in x_t."""
+    alphabar = ddpm_schedules(*DDPM.default_betas(n_T), n_T)["alphabar"]
+
+    class Exact(nn.Module):
+        def forward(self, x, c, t, context_mask):
+            a = alphabar[(t * n_T).round().long()][:, None, None, None]
+            variance = a * std**2 + 1 - a
+            return (a.sqrt() * (1 - a).sqrt() * (1 - std**2)) / variance * x
+
+    return DDPM(Exact(), DDPM.default_betas(n_T), n_T)
+
+
+@pytest.mark.parametrize("T", [1, 40, 1000])
+def test_schedule_is_the_closed_form(T):
+    beta1, beta2 = 1e-4, 0.02
+    schedule = ddpm_schedules(beta1, beta2, T)
+    alphabar = 1.0
+    for t in range(T + 1):
+        beta = 0.0 if t == 0 else beta1 + (beta2 - beta1) * (t - 1) / max(T - 1, 1)
+        alphabar *= 1 - beta
+        assert schedule["beta"][t].item() == pytest.approx(beta, rel=1e-6)
+        assert schedule["alphabar"][t].item() == pytest.approx(alphabar, rel=1e-6)
+    assert all(len(tensor) == T + 1 and tensor.dtype == torch.float32 for tensor in schedule.values())
+
+
+@pytest.mark.parametrize(
+    "betas", [(0, 0.02, 10), (0.02, 1e-4, 10), (1e-4, 1, 10), (1e-4, math.nan, 10), (1e-4, 0.02, 0)]
+)
+def test_schedule_rejects_what_is_no_variance(betas):
+    with pytest.raises(ValueError):
+        ddpm_schedules(*betas)
+
+
+@pytest.mark.parametrize("n_T", [21, 50, 400, 1000, 10_000])
+def test_default_schedule_ends_in_noise(n_T):
+    alphabar = ddpm_schedules(*DDPM.default_betas(n_T), n_T)["alphabar"]
+    assert alphabar[0] == 1 and (alphabar.diff() < 0).all() and alphabar[-1] < 1e-4
+
+
+def test_noised_image_has_the_mean_and_variance_of_equation_4():
+    ddpm, n = small_ddpm(), 20_000
+    x0 = torch.linspace(-1, 1, 784).reshape(1, 1, 28, 28)
+    for t in (1, 13, 40):
+        alphabar = ddpm.alphabar[t].item()
+        total, squares = torch.zeros(784, dtype=torch.float64), torch.zeros(784, dtype=torch.float64)
+        for _ in range(n // 1000):
+            eps = torch.randn(1000, 1, 28, 28)
+            x_t, v = ddpm.add_noise(x0.expand(1000, -1, -1, -1), torch.full((1000,), t), eps)
+            total += x_t.flatten(1).double().sum(0)
+            squares += x_t.flatten(1).double().square().sum(0)
+            torch.testing.assert_close(alphabar**0.5 * x_t - (1 - alphabar) ** 0.5 * v, x0.expand_as(x_t))  # x0 from v
+            torch.testing.assert_close((1 - alphabar) ** 0.5 * x_t + alphabar**0.5 * v, eps)  # eps from v
+        mean, error = total / n, 5 * ((1 - alphabar) / n) ** 0.5  # five standard errors
+        assert (mean - alphabar**0.5 * x0.flatten()).abs().max() < error
+        variance = (squares / n - mean**2).mean().item()  # over all pixels
+        assert variance == pytest.approx(1 - alphabar, rel=5 * (2 / (n * 784)) ** 0.5 + 1 / n)
+
+
+def test_clean_data_is_timestep_0():
+    ddpm, x0 = small_ddpm(), torch.rand(3, 1, 28, 28)
+    x_0, _ = ddpm.add_noise(x0, torch.zeros(3, dtype=torch.long), torch.randn_like(x0))
+    assert torch.equal(x_0, x0)
+
+
+def test_loss_of_the_perfect_network_is_zero_and_of_the_zero_network_is_the_power_of_v():
+    betas, image = DDPM.default_betas(40), torch.rand(1, 1, 28, 28)
+    x = image.expand(64, -1, -1, -1)
+    perfect = DDPM(Oracle(2 * image - 1, betas, 40), betas, 40)
+    assert perfect(x, torch.zeros(64, dtype=torch.long)).item() < 1e-6
+
+    class Zero(nn.Module):
+        def forward(self, x, c, t, context_mask):
+            return torch.zeros_like(x)
+
+    ddpm = DDPM(Zero(), betas, 40)
+    # E v^2 = alphabar + (1 - alphabar) x0^2, averaged over all timesteps
+    alphabar = ddpm.alphabar[1:].double()
+    expected = alphabar.mean() + (1 - alphabar).mean() * (2 * image - 1).double().square().mean()
+    measured = torch.stack([ddpm(x, torch.zeros(64, dtype=torch.long)) for _ in range(50)]).double().mean()
+    assert measured.item() == pytest.approx(expected.item(), rel=0.01)
+
+
+class Witness(nn.Module):
+    """Remembers what the training loss asks of the network."""
+
+    def forward(self, x, c, t, context_mask):
+        self.t, self.context_mask = t, context_mask
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 40])
+def test_training_visits_every_timestep_equally_often(batch):
+    ddpm, counts, n = DDPM(Witness(), DDPM.default_betas(40), 40), torch.zeros(41), 4000 // batch * 3
+    for _ in range(n):
+        ddpm(torch.rand(batch, 1, 28, 28), torch.zeros(batch, dtype=torch.long))
+        counts += torch.bincount((ddpm.nn_model.t * 40).round().long(), minlength=41)
+    assert counts[0] == 0
+    expected = n * batch / 40
+    assert (counts[1:] - expected).abs().max() < 5 * expected**0.5
+
+
+@pytest.mark.parametrize("drop_prob", [0.0, 0.1, 1.0])
+def test_training_drops_the_condition_with_drop_prob(drop_prob):
+    ddpm, kept = DDPM(Witness(), DDPM.default_betas(40), 40, drop_prob), 0
+    for _ in range(20):
+        ddpm(torch.rand(500, 1, 28, 28), torch.zeros(500, dtype=torch.long))
+        kept += ddpm.nn_model.context_mask.sum().item()
+    assert kept / 10_000 == pytest.approx(1 - drop_prob, abs=5 * (drop_prob * (1 - drop_prob) / 10_000) ** 0.5)
+
+
+def test_dropped_condition_makes_the_output_independent_of_the_label():
+    net, x, t = (
+        randomised(ContextUnet(n_feat=8)),
+        torch.randn(10, 1, 28, 28)[:1].expand(10, -1, -1, -1),
+        torch.full((10,), 0.5),
+    )
+    dropped = net(x, torch.arange(10), t, torch.zeros(10))
+    torch.testing.assert_close(dropped, dropped[:1].expand_as(dropped))
+    kept = net(x, torch.arange(10), t, torch.ones(10))
+    assert all((kept[i] - kept[j]).abs().max() > 1e-3 for i in range(10) for j in range(i))
+    assert (kept - dropped).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_guidance_is_linear_in_w_and_conditional_at_0():
+    ddpm, x, c = small_ddpm(), torch.randn(4, 1, 28, 28), torch.tensor([1, 2, 3, 4])
+    t, ones = torch.full((4,), 20 / 40), torch.ones(4)
+    v_cond, v_null = ddpm.nn_model(x, c, t, ones), ddpm.nn_model(x, c, t, 0 * ones)
+    torch.testing.assert_close(ddpm.guided_v(x, c, 20, 0), v_cond)
+    for w in (0.5, 2.0):
+        torch.testing.assert_close(ddpm.guided_v(x, c, 20, w), v_cond + w * (v_cond - v_null))
+
+
+def test_without_guidance_the_null_half_is_not_computed():
+    ddpm, sizes = small_ddpm(), []
+    ddpm.nn_model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    ddpm.guided_v(torch.randn(4, 1, 28, 28), torch.arange(4), 5, 0)
+    ddpm.guided_v(torch.randn(4, 1, 28, 28), torch.arange(4), 5, 1)
+    assert sizes == [4, 8]
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    net, x, c = randomised(ContextUnet(n_feat=8)), torch.randn(5, 1, 28, 28), torch.arange(5)
+    t, mask = torch.rand(5), torch.tensor([1.0, 0, 1, 0, 1])
+    together = net(x, c, t, mask)
+    assert together.shape == x.shape
+    for i in range(5):
+        alone = net(x[i : i + 1], c[i : i + 1], t[i : i + 1], mask[i : i + 1])
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_odd_batches_train(batch):
+    ddpm = small_ddpm().train()
+    ddpm(torch.rand(batch, 1, 28, 28), torch.arange(batch)).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in ddpm.parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 39, 40, None])
+def test_sampling_with_the_perfect_network_ends_at_the_data(steps):
+    betas, image = DDPM.default_betas(40), torch.rand(1, 1, 28, 28)
+    ddpm = DDPM(Oracle(2 * image - 1, betas, 40), betas, 40)
+    states = list(ddpm.denoise(torch.zeros(3, dtype=torch.long), 0, steps))
+    assert len(states) == (steps or 40) + 1
+    assert all(state.shape == (3, 1, 28, 28) and state.min() >= 0 and state.max() <= 1 for state in states)
+    torch.testing.assert_close(states[-1], image.expand(3, -1, -1, -1), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [400, 50, 20])
+def test_sampling_a_gaussian_gives_its_variance(steps):
+    """For data N(0, std^2) the exact network is known, so what the sampler gets wrong is its own. std is small enough
+    that the clipping of x0 hardly ever acts."""
+    std, c = 0.2, torch.zeros(500, dtype=torch.long)
+    x0 = 2 * gaussian_ddpm(400, std).sample(c, 0, steps, torch.Generator().manual_seed(0)) - 1
+    assert x0.mean().item() == pytest.approx(0, abs=5 * std / x0.numel() ** 0.5)
+    assert x0.std().item() == pytest.approx(std, rel=0.03)
+
+
+def test_second_order_is_more_exact_than_first():
+    """x_0 of the probability flow from a given x_T is std x_T for data N(0, std^2): few steps come close to it."""
+    std, c = 0.2, torch.zeros(50, dtype=torch.long)
+    ddpm = gaussian_ddpm(400, std)
+    errors = {}
+    for steps in (10, 20, 40):
+        x_T = torch.randn(50, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+        x_0 = 2 * ddpm.sample(c, 0, steps, torch.Generator().manual_seed(1)) - 1
+        errors[steps] = (x_0 - std * x_T).abs().mean().item() / std
+    assert errors[10] / errors[20] > 2.5 and errors[20] / errors[40] > 2.5  # first order would halve it
+
+
+def test_background_that_the_network_puts_out_of_range_is_clipped_to_black():
+    class Overshoot(nn.Module):  # predicts x0 = -3 everywhere, as strong guidance does
+        def forward(self, x, c, t, context_mask):
+            a = ddpm.alphabar[(t * 40).round().long()][:, None, None, None]
+            return (a.sqrt() * x + 3) / (1 - a).sqrt()
+
+    ddpm = DDPM(Overshoot(), DDPM.default_betas(40), 40)
+    assert ddpm.sample(torch.zeros(2, dtype=torch.long), 0).max() < 1e-5
+
+
+def test_seed_repeats_the_sample_and_another_seed_does_not():
+    ddpm, c = small_ddpm(), torch.arange(4)
+    first, again, other = (ddpm.sample(c, 0.5, None, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 41])
+def test_impossible_steps_are_an_error(steps):
+    with pytest.raises(ValueError, match=r"1 \.\. 40"):
+        small_ddpm().sample(torch.arange(2), steps=steps)
+
+
+@pytest.mark.parametrize(("n", "columns"), [(1, 1), (9, 3), (7, 3), (10, 5), (2, 5)])
+def test_grid_has_the_geometry_of_torchvision(n, columns):
+    from torchvision.utils import make_grid
+
+    images = torch.rand(n, 1, 28, 28)
+    expected = (make_grid(images, nrow=columns)[0] * 255).round().byte().numpy() if n > 1 else None
+    grid = image_grid(images, columns)
+    assert grid.dtype == "uint8"
+    if n > 1:  # make_grid returns a single image without its borders
+        assert (grid == expected).all()
+    else:
+        assert grid.shape == (32, 32) and (grid[2:30, 2:30] == (images[0, 0] * 255).round().byte().numpy()).all()
+    scaled = image_grid(images, columns, scale=3)
+    assert scaled.shape == (3 * grid.shape[0], 3 * grid.shape[1]) and (scaled[1::3, 2::3] == grid).all()

@@ -1,0 +1,52 @@
+"""The yardsticks of tests/evaluate.py, against closed forms."""
+
+import pytest
+import torch
+
+from tests.evaluate import FIXTURE, corner_brightness, figures, first_of_each_class, frechet_distance, share_inside
+
+
+def test_frechet_distance_of_gaussians():
+    """Between N(m, s^2 I) and N(0, I) in d dimensions it is |m|^2 + d (s - 1)^2."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 200_000, 3, generator=generator, dtype=torch.float64)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(2 * a + torch.tensor([1.0, 2.0, 0.0]), b) == pytest.approx(5 + 3, rel=0.02)
+
+
+def test_frechet_distance_does_not_change_when_both_are_rotated():
+    a, b = torch.randn(2, 500, 4, dtype=torch.float64)
+    b = b @ torch.randn(4, 4, dtype=torch.float64)
+    q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
+    assert frechet_distance(a @ q, b @ q) == pytest.approx(frechet_distance(a, b))
+
+
+def test_precision_and_recall_of_known_sets():
+    line = torch.arange(100.0)[:, None]  # the third neighbour is 2 away, or 3 at the ends
+    assert share_inside(line, line) == 1
+    assert share_inside(torch.tensor([[50.5], [1000.0], [-2.5], [-4.0]]), line) == 0.5
+    half = line[:50]  # drawn from half of what is real: all precise, half recalled (two more are within reach)
+    assert share_inside(half, line) == 1
+    assert share_inside(line, half) == pytest.approx(0.5, abs=0.03)
+
+
+def test_corners():
+    images = torch.zeros(2, 1, 28, 28)
+    images[:, :, 3:25] = images[..., 3:25] = 1
+    images[..., :3, 3:25] = 0.5
+    assert corner_brightness(images) == 0
+    images[..., -3:, :3] = 1
+    assert corner_brightness(images) == pytest.approx(0.25)
+
+
+def test_figures_of_real_images_are_those_of_a_good_model_and_of_shuffled_labels_are_not():
+    real = torch.load(FIXTURE, weights_only=True)
+    some = first_of_each_class(real["train_labels"], 50)
+    features, predicted, labels = real["train"][some].float(), real["train_predicted"][some], real["train_labels"][some]
+    accuracy, fid, precision, recall = figures(features, predicted, labels, real, 50).split()
+    assert float(accuracy[:-1]) > 99 and float(precision) > 0.8 and float(recall) > 0.8
+    assert float(figures(features, predicted, labels.flip(0), real, 50).split()[0][:-1]) < 1
+    one_class = labels == 3
+    assert float(
+        figures(features[one_class], predicted[one_class], labels[one_class], real, 50).split()[1]
+    ) > 10 * float(fid)
