@@ -186,21 +186,22 @@ class DDPM(nn.Module):
         """Yields steps + 1 image batches [N,1,28,28] in [0,1]: pure noise x_T first, the finished digits x_0 last.
 
         c [N] int64 labels; guide_w >= 0; generator: on the CPU, so that a seed means the same digits on every device.
-        All n_T steps (the default) are DDPM's ancestral sampling (Ho et al. 2020, algorithm 2). Fewer are evenly spaced
-        timesteps that start at n_T, without fresh noise: DDIM (Song et al. 2020, eq. 12 with sigma = 0), made second
-        order by the one line of DPM-Solver++ 2M (Lu et al. 2022, algorithm 2).
+        All n_T steps (the default) are DDPM's ancestral sampling (Ho et al. 2020, algorithm 2). Fewer start at n_T, are
+        spaced as squares (Song et al. 2020, appendix D.2) and add no fresh noise: DDIM (eq. 12 with sigma = 0), made
+        second order by the one line of DPM-Solver++ 2M (Lu et al. 2022, algorithm 2).
         Raises ValueError unless 1 <= steps <= n_T.
         """
         steps = self.n_T if steps is None else steps
         if not 1 <= steps <= self.n_T:
             raise ValueError(f"steps must be in 1 .. {self.n_T}, not {steps}")
         ancestral = steps == self.n_T
-        times = torch.linspace(self.n_T, 0, steps + 1).round().long().tolist()  # t_0 = n_T > t_1 > ... > 0
-        alphabar = self.alphabar.double().tolist()
+        times = [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]  # n_T > ... > 0
+        alphabar, device = self.alphabar.tolist(), self.alphabar.device
         log_snr = [math.log(a / (1 - a)) / 2 if a < 1 else math.inf for a in alphabar]  # lambda of DPM-Solver
 
         def noise() -> Tensor:
-            return torch.randn(len(c), 1, 28, 28, generator=generator).to(self.alphabar.device)
+            pinned = device.type == "cuda"  # so that the host does not wait for the copy
+            return torch.randn(len(c), 1, 28, 28, generator=generator, pin_memory=pinned).to(device, non_blocking=True)
 
         x = noise()
         yield to_image(x)
@@ -256,7 +257,7 @@ def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
     """The DDPM that save_weights wrote, in evaluation mode on device. Raises WeightsError, whatever the file holds."""
     state = read_state(path)
     try:
-        config, model = state["config"], state["model"]
+        config, model = dict(state)["config"], dict(state)["model"]
         sizes = {"n_feat": config["n_feat"], "n_classes": config["n_classes"]}
         if not N_T_RANGE[0] <= config["n_T"] <= N_T_RANGE[1]:
             raise ValueError(config["n_T"])

@@ -318,6 +318,8 @@ def main() -> None:
     try:
         trainer = prepare()
         trainer.run()
+        if trainer.world > 1:
+            torch.distributed.destroy_process_group()
         return
     except KeyboardInterrupt:
         code = 130

@@ -3,9 +3,9 @@
 Its 64 penultimate features are the space in which tests/evaluate.py measures Fréchet distance, precision
 and recall; its logits say whether a drawn digit is the one that was asked for.
 
-    python -m tests.digit_classifier                    # retrain -> tests/fixtures/digit_classifier.pth
+    python -m tests.digit_classifier          # retrain, and redo the features of real images -> tests/fixtures
 
-The committed fixture was made by that command and printed an accuracy of 99.69 % on the MNIST test set.
+The committed fixtures were made by that command, which printed an accuracy of 99.71 % on the MNIST test set.
 """
 
 import argparse
@@ -76,6 +76,8 @@ def main() -> None:
 
     from torchvision.datasets import MNIST  # only training needs the data set
 
+    from tests import evaluate
+
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, test = (MNIST(args.data_dir, train=split, download=True) for split in (True, False))
@@ -97,6 +99,7 @@ def main() -> None:
         accuracy = (digits == test.targets).double().mean()
         print(f"epoch {epoch:2d}  loss {loss.item():.4f}  accuracy on the MNIST test set {accuracy:.2%}", flush=True)
     torch.save({name: tensor.cpu() for name, tensor in classifier.state_dict().items()}, FIXTURE)
+    torch.save(evaluate.real_features(args.data_dir), evaluate.FIXTURE)
 
 
 if __name__ == "__main__":

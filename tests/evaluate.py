@@ -2,7 +2,7 @@
 
     python -m tests.evaluate                                        # the shipped weights, 200 images per class
     python -m tests.evaluate --guide-w 0 0.5 1 --steps 400 50 20 --per-class 500
-    python -m tests.evaluate --data-dir data                        # remake the features of real images
+    python -m tests.evaluate --data-dir data                        # features of real images from MNIST, not the fixture
 
 accuracy   how often the judge (tests/digit_classifier.py) sees the digit that was asked for
 FID        Fréchet distance (Heusel et al. 2017, arXiv:1706.08500) to the 10,000 images of the MNIST test set, in the
@@ -95,12 +95,10 @@ def main() -> None:
     parser.add_argument("--per-class", type=number(int, 4, TRAIN_PER_CLASS), default=200)
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--device", type=pick_device, default="auto")
-    parser.add_argument("--data-dir", help="remake the fixture of real features from the MNIST here")
+    parser.add_argument("--data-dir", help="compute the features of real images from the MNIST here")
     args = parser.parse_args()
 
-    if args.data_dir:
-        torch.save(real_features(args.data_dir), FIXTURE)
-    real = torch.load(FIXTURE, weights_only=True)
+    real = real_features(args.data_dir) if args.data_dir else torch.load(FIXTURE, weights_only=True)
     try:
         ddpm = load_ddpm(args.weights, args.device)
     except WeightsError as error:

@@ -1,5 +1,6 @@
 """The mathematics of ddpm_model.py: schedule, noising, loss, guidance and sampling, against closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -209,19 +210,19 @@ def test_sampling_a_gaussian_gives_its_variance(steps):
     std, c = 0.2, torch.zeros(500, dtype=torch.long)
     x0 = 2 * gaussian_ddpm(400, std).sample(c, 0, steps, torch.Generator().manual_seed(0)) - 1
     assert x0.mean().item() == pytest.approx(0, abs=5 * std / x0.numel() ** 0.5)
-    assert x0.std().item() == pytest.approx(std, rel=0.03)
+    assert x0.std().item() == pytest.approx(std, rel=0.05)
 
 
-def test_second_order_is_more_exact_than_first():
-    """x_0 of the probability flow from a given x_T is std x_T for data N(0, std^2): few steps come close to it."""
+def test_few_steps_are_second_order():
+    """From x_T, the probability flow of data N(0, std^2) leads to x_0 = std x_T. Twice the steps bring the sampler four
+    times as close to it; at first order it would be twice."""
     std, c = 0.2, torch.zeros(50, dtype=torch.long)
-    ddpm = gaussian_ddpm(400, std)
-    errors = {}
-    for steps in (10, 20, 40):
+    ddpm, errors = gaussian_ddpm(10_000, std), {}
+    for steps in (40, 80, 160):
         x_T = torch.randn(50, 1, 28, 28, generator=torch.Generator().manual_seed(1))
         x_0 = 2 * ddpm.sample(c, 0, steps, torch.Generator().manual_seed(1)) - 1
         errors[steps] = (x_0 - std * x_T).abs().mean().item() / std
-    assert errors[10] / errors[20] > 2.5 and errors[20] / errors[40] > 2.5  # first order would halve it
+    assert errors[40] < 0.02 and errors[40] / errors[80] > 3 and errors[80] / errors[160] > 3
 
 
 def test_background_that_the_network_puts_out_of_range_is_clipped_to_black():
@@ -260,3 +261,12 @@ def test_grid_has_the_geometry_of_torchvision(n, columns):
         assert grid.shape == (32, 32) and (grid[2:30, 2:30] == (images[0, 0] * 255).round().byte().numpy()).all()
     scaled = image_grid(images, columns, scale=3)
     assert scaled.shape == (3 * grid.shape[0], 3 * grid.shape[1]) and (scaled[1::3, 2::3] == grid).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 50, 399, 400])
+def test_steps_visit_as_many_timesteps_from_the_last_to_the_first(steps):
+    ddpm, visited = DDPM(Witness(), DDPM.default_betas(400), 400), []
+    ddpm.nn_model.register_forward_hook(lambda net, inputs, output: visited.append(round(net.t[0].item() * 400)))
+    ddpm.sample(torch.zeros(1, dtype=torch.long), 0, steps)
+    assert len(visited) == steps and visited[0] == 400 and visited[-1] >= 1
+    assert all(t > s for t, s in itertools.pairwise(visited))

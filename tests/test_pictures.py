@@ -1,7 +1,5 @@
 """The scripts that draw, film and stitch, run as a user runs them; and the shipped weights, judged."""
 
-import sys
-
 import cv2
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from PIL import Image
 
 import inference_ddpm
 from ddpm_model import DDPM, ContextUnet, load_ddpm, save_weights
-from tests.conftest import PROJECT, assert_one_line_error, run
+from tests.conftest import PROJECT, assert_one_line_error
 from tests.digit_classifier import judge, load_classifier
 
 GALLERY = PROJECT / "generated_outputs"
@@ -30,15 +28,16 @@ def quick(workdir):
     return workdir
 
 
-def draw(cwd, *options):
-    return run(cwd, "inference_ddpm.py", *options)
+@pytest.fixture
+def draw(call):
+    return lambda cwd, *options: call(cwd, "inference_ddpm.py", *options)
 
 
 # ---- Drawing
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(9, 3, 3), (1, 1, 1), (7, 3, 3), (5, 2, 3)])
-def test_grid_geometry(quick, count, rows, columns):
+def test_grid_geometry(quick, count, rows, columns, draw):
     result = draw(quick, "--digit", "3", "--count", count, "--scale", "1", "--steps", "2")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""  # no progress line where there is no terminal, and no noise
@@ -51,7 +50,7 @@ def test_grid_geometry(quick, count, rows, columns):
     )
 
 
-def test_scale_enlarges_each_pixel_and_seed_repeats_to_the_byte(quick):
+def test_scale_enlarges_each_pixel_and_seed_repeats_to_the_byte(quick, draw):
     path = quick / "generated_outputs" / "digit_5_grid.png"
     contents = []
     for options in (["--seed", "7"], ["--seed", "7"], ["--seed", "8"], [], [], ["--seed", "7", "--scale", "1"]):
@@ -64,7 +63,7 @@ def test_scale_enlarges_each_pixel_and_seed_repeats_to_the_byte(quick):
     assert small.shape == (92, 92) and (pixels(path) == np.kron(small, np.ones((4, 4), np.uint8))).all()
 
 
-def test_several_digits_are_those_drawn_alone(quick):
+def test_several_digits_are_those_drawn_alone(quick, draw):
     out = quick / "generated_outputs"
     assert draw(quick, "--digit", "2", "6", "--seed", "1", "--steps", "3").returncode == 0
     together = [(out / f"digit_{digit}_grid.png").read_bytes() for digit in (2, 6)]
@@ -72,15 +71,13 @@ def test_several_digits_are_those_drawn_alone(quick):
     assert together[1] == (out / "digit_6_grid.png").read_bytes() != together[0]
 
 
-def test_many_digits_are_drawn_in_batches(quick, monkeypatch):
+def test_many_digits_are_drawn_in_batches(quick, monkeypatch, draw):
     sizes = []
     monkeypatch.setattr(inference_ddpm, "BATCH_SIZE", 4)
     monkeypatch.setattr(DDPM, "guided_v", lambda self, x, c, t, w: sizes.append(len(x)) or x)
-    monkeypatch.chdir(quick)
-    monkeypatch.setattr(sys, "argv", ["inference_ddpm.py", "--count", "10", "--steps", "1", "--scale", "1"])
-    inference_ddpm.main()
+    assert draw(quick, "--count", "10", "--steps", "1", "--scale", "1").returncode == 0
     assert sizes == [4, 4, 2]
-    assert pixels("generated_outputs/digit_5_grid.png").shape == (30 * 3 + 2, 30 * 4 + 2)
+    assert pixels(quick / "generated_outputs" / "digit_5_grid.png").shape == (30 * 3 + 2, 30 * 4 + 2)
 
 
 # ---- Filming
@@ -98,7 +95,7 @@ def read_video(path) -> tuple[list[np.ndarray], float, str]:
 
 
 @pytest.mark.parametrize("steps", ["2", "40"])
-def test_video(quick, steps):
+def test_video(quick, steps, draw):
     result = draw(quick, "--video", "--seed", "1", "--steps", steps)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert [path.name for path in (quick / "generated_outputs").iterdir()] == ["denoising_process_0to9.mp4"]
@@ -138,45 +135,45 @@ def write_grids(folder, size=(92, 92)):
         Image.fromarray(np.full(size, 20 * digit + 10, np.uint8)).save(folder / f"digit_{digit}_grid.png")
 
 
-def test_stitching_puts_0_to_4_above_5_to_9(workdir):
+def test_stitching_puts_0_to_4_above_5_to_9(workdir, call):
     write_grids(workdir / "generated_outputs", (92, 62))
-    result = run(workdir, "stitch_images.py")
+    result = call(workdir, "stitch_images.py")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     sheet = pixels(workdir / "combined_2x5_grid.png")
     expected = np.repeat(np.repeat((20 * np.arange(10) + 10).reshape(2, 5), 92, axis=0), 62, axis=1)
     assert (sheet == expected).all()
-    result = run(workdir, "stitch_images.py", "--indir", "generated_outputs", "--output", "new/sheet.png")
+    result = call(workdir, "stitch_images.py", "--indir", "generated_outputs", "--output", "new/sheet.png")
     assert result.returncode == 0 and (pixels(workdir / "new" / "sheet.png") == expected).all()
 
 
-def test_stitching_names_all_missing_grids(workdir):
+def test_stitching_names_all_missing_grids(workdir, call):
     write_grids(workdir / "generated_outputs")
     for digit in (2, 7):
         (workdir / "generated_outputs" / f"digit_{digit}_grid.png").unlink()
-    result = run(workdir, "stitch_images.py")
+    result = call(workdir, "stitch_images.py")
     assert_one_line_error(result, "digit_2_grid.png", "digit_7_grid.png")
     assert "digit_3" not in result.stderr and not (workdir / "combined_2x5_grid.png").exists()
 
 
-def test_stitching_names_grids_of_another_size(workdir):
+def test_stitching_names_grids_of_another_size(workdir, call):
     write_grids(workdir / "generated_outputs")
     Image.fromarray(np.zeros((62, 62), np.uint8)).save(workdir / "generated_outputs" / "digit_4_grid.png")
-    result = run(workdir, "stitch_images.py")
+    result = call(workdir, "stitch_images.py")
     assert_one_line_error(result, "digit_4_grid.png", "62x62", "92x92")
     assert "digit_3" not in result.stderr and not (workdir / "combined_2x5_grid.png").exists()
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"no picture", lambda data: data[:60]])
-def test_stitching_names_an_unreadable_png(workdir, damage):
+def test_stitching_names_an_unreadable_png(workdir, damage, call):
     write_grids(workdir / "generated_outputs")
     path = workdir / "generated_outputs" / "digit_8_grid.png"
     path.write_bytes(damage(path.read_bytes()))
-    assert_one_line_error(run(workdir, "stitch_images.py"), "digit_8_grid.png")
+    assert_one_line_error(call(workdir, "stitch_images.py"), "digit_8_grid.png")
 
 
-def test_stitching_to_a_place_that_cannot_be_written(workdir):
+def test_stitching_to_a_place_that_cannot_be_written(workdir, call):
     write_grids(workdir / "generated_outputs")
-    assert_one_line_error(run(workdir, "stitch_images.py", "--output", "small/MNIST"), "small/MNIST")
+    assert_one_line_error(call(workdir, "stitch_images.py", "--output", "small/MNIST"), "small/MNIST")
     assert (workdir / "small" / "MNIST" / "raw").is_dir()
 
 
@@ -191,20 +188,18 @@ def test_stitching_to_a_place_that_cannot_be_written(workdir):
      ("--guide-w nan", "from 0 to"), ("--guide-w -1", "from 0 to"), ("--guide-w inf", "from 0 to"),
      ("--seed -1", "from 0 to"), ("--device quantum", "device")],
 )  # fmt: skip
-def test_impossible_options_state_the_allowed_range(monkeypatch, capsys, options, allowed):
-    monkeypatch.setattr(sys, "argv", ["inference_ddpm.py", *options.split()])
-    with pytest.raises(SystemExit) as caught:
-        inference_ddpm.main()
-    assert caught.value.code == 2 and allowed in capsys.readouterr().err
+def test_impossible_options_state_the_allowed_range(tmp_path, draw, options, allowed):
+    result = draw(tmp_path, *options.split())
+    assert result.returncode == 2 and allowed in result.stderr
 
 
-def test_more_steps_than_the_weights_have(quick):
+def test_more_steps_than_the_weights_have(quick, draw):
     assert_one_line_error(draw(quick, "--steps", "41"), "--steps", "1 to 40")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not weights"])
 @pytest.mark.parametrize("mode", [(), ("--video",)])
-def test_unusable_weights(workdir, content, mode):
+def test_unusable_weights(workdir, content, mode, draw):
     if content is not None:
         (workdir / "bad.pth").write_bytes(content)
     assert_one_line_error(draw(workdir, "--weights", "bad.pth", *mode), "bad.pth")
@@ -212,7 +207,7 @@ def test_unusable_weights(workdir, content, mode):
 
 
 @pytest.mark.parametrize("mode", [(), ("--video",)])
-def test_outdir_that_cannot_be_written(quick, mode):
+def test_outdir_that_cannot_be_written(quick, mode, draw):
     (quick / "file").write_text("in the way")
     assert_one_line_error(draw(quick, "--steps", "1", "--outdir", "file", *mode), "file")
     assert (quick / "file").read_text() == "in the way"
