@@ -33,7 +33,7 @@ from ddpm_model import (
     save_weights,
     show_progress,
     write_state,
-)  # fmt: skip
+)
 
 EMA_DECAY = 0.999
 WARMUP_STEPS = 500
@@ -310,6 +310,10 @@ def prepare() -> Trainer:
     trainer = Trainer(args, images, labels, rank, world, device)
     if state:
         trainer.load(state)
+    if rank == 0:
+        size = sum(parameter.nbytes for parameter in trainer.ddpm.parameters())
+        check_writable(args.weights, 10 * size)  # five copies are saved, each beside the old one
+        check_writable(SHEET_DIR / "epoch_01.png", 10**6)
     return trainer
 
 

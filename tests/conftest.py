@@ -35,25 +35,17 @@ def write_small_mnist(data_dir: Path, n_images: int = 64) -> None:
         write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
 
 
-@pytest.fixture(scope="session")
-def copy_of_project(tmp_path_factory) -> Path:
-    """The files a user has, with the small data set in `small`. Tests that write to it use folders of their own."""
-    copy = tmp_path_factory.mktemp("project")
+def fill(folder: Path) -> Path:
+    """Puts the scripts and the small data set into a folder, but no weights and no pictures."""
     for path in PROJECT.glob("*.py"):
-        shutil.copy(path, copy)
-    for folder in ("weights", "generated_outputs"):
-        shutil.copytree(PROJECT / folder, copy / folder)
-    write_small_mnist(copy / "small")
-    return copy
+        shutil.copy(path, folder)
+    write_small_mnist(folder / "small")
+    return folder
 
 
 @pytest.fixture
-def workdir(copy_of_project, tmp_path) -> Path:
-    """An empty folder with the scripts and the small data set, but no weights and no pictures."""
-    for path in copy_of_project.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    shutil.copytree(copy_of_project / "small", tmp_path / "small")
-    return tmp_path
+def workdir(tmp_path) -> Path:
+    return fill(tmp_path)
 
 
 def start(cwd: Path, *command: str, **env: str) -> subprocess.Popen:

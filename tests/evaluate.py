@@ -2,7 +2,7 @@
 
     python -m tests.evaluate                                        # the shipped weights, 200 images per class
     python -m tests.evaluate --guide-w 0 0.5 1 --steps 400 50 20 --per-class 500
-    python -m tests.evaluate --data-dir data                        # features of real images from MNIST, not the fixture
+    python -m tests.evaluate --data-dir data                        # features of real images, not from the fixture
 
 accuracy   how often the judge (tests/digit_classifier.py) sees the digit that was asked for
 FID        Fréchet distance (Heusel et al. 2017, arXiv:1706.08500) to the 10,000 images of the MNIST test set, in the

@@ -8,16 +8,16 @@ import cv2
 import pytest
 from PIL import Image
 
-from tests.conftest import PROJECT, run
+from tests.conftest import PROJECT, fill, run
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_four_commands_in_a_copy_of_the_project(copy_of_project, tmp_path):
+def test_the_four_commands_in_a_copy_of_the_project(tmp_path):
     """In their order, so the digits are drawn by weights that one step an epoch on 64 bars has made."""
-    shutil.copytree(copy_of_project, tmp_path, dirs_exist_ok=True)
+    fill(tmp_path)
     (tmp_path / "small").rename(tmp_path / "data")
-    shutil.rmtree(tmp_path / "generated_outputs")
+    shutil.copytree(PROJECT / "weights", tmp_path / "weights")
     shipped = (tmp_path / "weights" / "ddpm_mnist.pth").read_bytes()
     block = README.split("<!-- commands -->")[1].split("<!-- end -->")[0]
     train, draw, film, stitch = (

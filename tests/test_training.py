@@ -16,7 +16,7 @@ from PIL import Image
 
 import train_ddpm
 from ddpm_model import DDPM, load_ddpm, read_state
-from tests.conftest import PROJECT, SMALL_RUN, assert_one_line_error, run, start, write_idx
+from tests.conftest import PROJECT, SMALL_RUN, assert_one_line_error, fill, run, start, write_idx
 
 WEIGHTS, STATE = "weights/ddpm_mnist.pth", "weights/ddpm_mnist.train.pth"
 
@@ -93,14 +93,20 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 # ---- Going on
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_and_resumed_run_ends_with_the_same_weights(workdir, tmp_path_factory, stop):
-    options = [*SMALL_RUN, "--epochs", "15", "--precision", "fp32"]
-    whole = tmp_path_factory.mktemp("whole")
-    shutil.copytree(workdir, whole, dirs_exist_ok=True)
-    assert run(whole, "train_ddpm.py", *options).returncode == 0
+RUN_OF_15 = (*SMALL_RUN, "--epochs", "15", "--precision", "fp32")
 
-    process = start(workdir, "train_ddpm.py", *options)
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    folder = fill(tmp_path_factory.mktemp("whole"))
+    assert run(folder, "train_ddpm.py", *RUN_OF_15).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(workdir, whole_run, stop):
+    process = start(workdir, "train_ddpm.py", *RUN_OF_15)
     while not process.stdout.readline().startswith("saved"):
         assert process.poll() is None
     time.sleep(random.Random(0).random() * 0.2)
@@ -112,13 +118,13 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(workdir, tmp_path_
     result = run(workdir, "train_ddpm.py", "--data-dir", "small", "--device", "cpu", "--resume")
     assert result.returncode == 0 and "going on after epoch" in result.stdout, result.stderr
     for name in (WEIGHTS, STATE):
-        assert_same(read_state(workdir / name), read_state(whole / name))
+        assert_same(read_state(workdir / name), read_state(whole_run / name))
 
 
 def test_killed_at_random_moments_a_run_can_always_go_on(workdir):
     rng, done, resume = random.Random(1), 0, ()
     options = [*SMALL_RUN, "--epochs", "1000", "--save-every", "1"]
-    for _ in range(4):
+    for _ in range(3):
         process = start(workdir, "train_ddpm.py", *options, *resume)
         while not process.stdout.readline().startswith("saved"):
             assert process.poll() is None, process.stderr.read()
@@ -305,8 +311,7 @@ def test_gradients_of_two_ranks_are_those_of_the_whole_batch(workdir, tmp_path_f
     """With the same noise on each image. Adam's running mean of the gradients tells, after five steps."""
     script = PROJECT / "tests" / "two_ranks.py"
     options = ["--same-noise", *SMALL_RUN, "--batch-size", "15", "--epochs", "1"]
-    alone = tmp_path_factory.mktemp("alone")
-    shutil.copytree(workdir, alone, dirs_exist_ok=True)
+    alone = fill(tmp_path_factory.mktemp("alone"))
     for result in (torchrun(workdir, script, *options), run(alone, script, *options)):
         assert result.returncode == 0, result.stderr
     moments = []
