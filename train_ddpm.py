@@ -292,27 +292,22 @@ def prepare() -> Trainer:
     args, state = parse_args()
     rank, world, device = join_processes(args.device)
     if rank == 0:
-        if args.weights.is_file():
-            print(
-                f"{args.weights} exists and is replaced at the first save; --weights PATH writes elsewhere", flush=True
-            )
-        check_writable(args.weights, 10**8)
-        check_writable(SHEET_DIR / "epoch_01.png", 10**6)
+        if args.weights.is_file() and not state:
+            print(f"{args.weights} exists and is replaced at the first save (--weights: elsewhere)", flush=True)
         images, labels = load_mnist(args.data_dir)
     if world > 1:
         torch.distributed.barrier()  # until rank 0 has downloaded
     if rank > 0:
         images, labels = load_mnist(args.data_dir)
     if not world <= args.batch_size <= len(images):
-        sys.exit(
-            f"error: --batch-size must be from {world} to {len(images)}, the number of images, not {args.batch_size}"
-        )
+        sys.exit(f"error: --batch-size must be from {world} to {len(images)}, the images there are")
+
     trainer = Trainer(args, images, labels, rank, world, device)
     if state:
         trainer.load(state)
     if rank == 0:
         size = sum(parameter.nbytes for parameter in trainer.ddpm.parameters())
-        check_writable(args.weights, 10 * size)  # five copies are saved, each beside the old one
+        check_writable(args.weights, 10 * size)  # five copies are saved, beside the five old ones
         check_writable(SHEET_DIR / "epoch_01.png", 10**6)
     return trainer
 
