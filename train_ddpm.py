@@ -9,6 +9,7 @@ With each save, a sheet of digits goes to generated_outputs/epoch_NN.png: watch 
 
 import argparse
 import copy
+import ctypes
 import math
 import os
 import shutil
@@ -163,6 +164,16 @@ def hardware_has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of freed tensors, rather than hand it back to the kernel, which clears each page anew.
+
+    On a CPU that is 20,000 page faults a step. Does nothing where the C library is another one.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
 def learning_rate(step: int, total: int, peak: float) -> float:
     """Linear warm-up to peak, then half a cosine down to 0 after total steps."""
     warmup = min(WARMUP_STEPS, total // 10)
@@ -290,6 +301,7 @@ class Trainer:
 def prepare() -> Trainer:
     """Reads the options and the data, joins the other processes, and takes up the saved state with --resume."""
     args, state = parse_args()
+    keep_freed_memory()
     rank, world, device = join_processes(args.device)
     if rank == 0:
         if args.weights.is_file() and not state:

@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the quality of drawn digits.")
     parser.add_argument("--weights", default="weights/ddpm_mnist.pth")
     parser.add_argument("--guide-w", type=number(float, 0, 100), nargs="+", default=[0.0, GUIDE_W, 1.0])
-    parser.add_argument("--steps", type=number(int, 1), nargs="+", default=[400, 50, 20])
+    parser.add_argument("--steps", type=number(int, 1), nargs="+", default=[50])
     parser.add_argument("--per-class", type=number(int, 4, TRAIN_PER_CLASS), default=200)
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--device", type=pick_device, default="auto")
