@@ -225,14 +225,17 @@ def test_few_steps_are_second_order():
     assert errors[40] < 0.02 and errors[40] / errors[80] > 3 and errors[80] / errors[160] > 3
 
 
-def test_background_that_the_network_puts_out_of_range_is_clipped_to_black():
-    class Overshoot(nn.Module):  # predicts x0 = -3 everywhere, as strong guidance does
+def test_x0_that_the_network_puts_out_of_range_is_clipped_at_each_step():
+    class Overshoot(nn.Module):  # predicts x0 = -3 everywhere, as strong guidance does on a black background
         def forward(self, x, c, t, context_mask):
+            self.x_t = x
             a = ddpm.alphabar[(t * 40).round().long()][:, None, None, None]
             return (a.sqrt() * x + 3) / (1 - a).sqrt()
 
     ddpm = DDPM(Overshoot(), DDPM.default_betas(40), 40)
-    assert ddpm.sample(torch.zeros(2, dtype=torch.long), 0).max() < 1e-5
+    for steps in (40, 10):
+        assert ddpm.sample(torch.zeros(2, dtype=torch.long), 0, steps).max() < 1e-5
+        assert ddpm.nn_model.x_t.mean().item() == pytest.approx(-1, abs=0.05)  # at the last step, t = 1
 
 
 def test_seed_repeats_the_sample_and_another_seed_does_not():
