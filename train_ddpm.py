@@ -167,7 +167,7 @@ def hardware_has_bf16(device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Has glibc keep the memory of freed tensors, rather than hand it back to the kernel, which clears each page anew.
 
-    On a CPU that is 20,000 page faults a step. Does nothing where the C library is another one.
+    On a CPU that is thousands of page faults a step. Does nothing where the C library is another one.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -211,9 +211,9 @@ class Trainer:
         try:
             for name in self.PARTS:
                 getattr(self, name).load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError):
+            self.epoch = self.saved_epoch = int(state["epoch"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             raise WeightsError(f"{state_path(self.args.weights)} does not fit these options; start anew") from None
-        self.epoch = self.saved_epoch = state["epoch"]
 
     def save(self) -> None:
         """Writes the training state, the weights and a sheet of digits. Raises OSError; the old files are intact."""
@@ -221,11 +221,11 @@ class Trainer:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         write_state(state_path(self.args.weights), {"options": options, "epoch": self.epoch, **parts})
         save_weights(self.args.weights, self.ema)
+        self.saved_epoch = self.epoch
         labels = torch.arange(10, device=self.images.device).repeat(6)
         digits = self.ema.sample(labels, steps=min(50, self.args.n_T), generator=torch.Generator().manual_seed(0))
         sheet = SHEET_DIR / f"epoch_{self.epoch:02d}.png"
         save_png(sheet, image_grid(digits, columns=10, scale=3))
-        self.saved_epoch = self.epoch
         print(f"saved {self.args.weights} and {sheet}", flush=True)
 
     def step(self, index: Tensor, step: int) -> Tensor:
