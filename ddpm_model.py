@@ -257,7 +257,8 @@ def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
     """The DDPM that save_weights wrote, in evaluation mode on device. Raises WeightsError, whatever the file holds."""
     state = read_state(path)
     try:
-        config, model = dict(state)["config"], dict(state)["model"]
+        state = dict(state)  # a file of torch.save can hold anything
+        config, model = state["config"], state["model"]
         n_feat, n_classes = config["n_feat"], config["n_classes"]
         if not N_T_RANGE[0] <= config["n_T"] <= N_T_RANGE[1]:
             raise ValueError(config["n_T"])

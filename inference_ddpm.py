@@ -72,11 +72,10 @@ def film(ddpm: DDPM, args: argparse.Namespace, seed: int) -> list[np.ndarray]:
     """Frames uint8 [height, width] of digits 0 to 9 in 2 x 5: from pure noise to finished digits, which are held."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(10, device=ddpm.alphabar.device)
-    states = progress(ddpm.denoise(labels, args.guide_w, args.steps, generator), args.steps, "digits 0 to 9")
-    grids = [image_grid(x, columns=5) for x in states]
-    shown = np.linspace(0, len(grids) - 1, DENOISING_FRAMES).round().astype(int)  # skips steps, or repeats them
-    frames = [grids[i] for i in shown] + [grids[-1]] * HELD_FRAMES
-    return [frame.repeat(args.scale, axis=0).repeat(args.scale, axis=1) for frame in frames]
+    states = list(progress(ddpm.denoise(labels, args.guide_w, args.steps, generator), args.steps, "digits 0 to 9"))
+    shown = np.linspace(0, len(states) - 1, DENOISING_FRAMES).round().astype(int)  # skips steps, or repeats them
+    frames = [image_grid(states[i], columns=5, scale=args.scale) for i in shown]
+    return frames + frames[-1:] * HELD_FRAMES
 
 
 def write_video(path: Path, frames: list[np.ndarray]) -> None:

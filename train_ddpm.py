@@ -339,7 +339,7 @@ def main() -> None:
     except FloatingPointError as error:
         code, what = 1, f"error: {error}; a lower --lr may help"
     except OSError as error:
-        code, what = 1, f"error: cannot save ({error.strerror})"
+        code, what = 1, f"error: cannot save ({error.strerror or error})"
     except RuntimeError as error:
         if trainer is None or trainer.world == 1:
             raise
