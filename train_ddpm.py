@@ -148,6 +148,7 @@ def join_processes(device: torch.device) -> tuple[int, int, torch.device]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1, device
     import torch.distributed as dist
+    import torch.distributed.nn  # before there is a group: torch imports it later, and then it holds the group for ever
 
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -204,7 +205,7 @@ class Trainer:
         self.bf16 = args.precision == "bf16" or (args.precision == "auto" and hardware_has_bf16(device))
         self.model = self.ddpm
         if world > 1:  # averages the gradients over the processes
-            self.model = nn.parallel.DistributedDataParallel(self.ddpm, broadcast_buffers=False)
+            self.model = nn.parallel.DistributedDataParallel(self.ddpm)
 
     def load(self, state: dict) -> None:
         """Takes up what save wrote. Raises WeightsError if it is the state of another network."""

@@ -63,3 +63,5 @@ if OWN["--same-noise"]:
     DDPM.forward = loss_of_fixed_noise
 train_ddpm.Trainer.step, train_ddpm.Trainer.run = watched_step, watched_run
 train_ddpm.main()
+threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]  # where there is such a folder
+assert not any("gloo" in name for name in threads), threads  # one that is left can abort Python while it shuts down
