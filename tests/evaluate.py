@@ -103,6 +103,8 @@ def main() -> None:
         ddpm = load_ddpm(args.weights, args.device)
     except WeightsError as error:
         raise SystemExit(f"error: {error}") from None
+    if max(args.steps) > ddpm.n_T:
+        raise SystemExit(f"error: --steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}")
 
     print(f"{args.per_class} images per class       accuracy     FID  precision  recall  corners  s/image", flush=True)
     some = first_of_each_class(real["train_labels"], args.per_class)

@@ -1,8 +1,13 @@
 """The yardsticks of tests/evaluate.py, against closed forms."""
 
+import sys
+
 import pytest
 import torch
 
+from ddpm_model import DDPM, ContextUnet, save_weights
+from tests import evaluate
+from tests.conftest import assert_one_line_error
 from tests.evaluate import FIXTURE, corner_brightness, figures, first_of_each_class, frechet_distance, share_inside
 
 
@@ -50,3 +55,10 @@ def test_figures_of_real_images_are_those_of_a_good_model_and_of_shuffled_labels
     assert float(
         figures(features[one_class], predicted[one_class], labels[one_class], real, 50).split()[1]
     ) > 10 * float(fid)
+
+
+def test_more_steps_than_the_weights_have_are_one_line(tmp_path, call, monkeypatch):
+    save_weights(tmp_path / "small.pth", DDPM(ContextUnet(n_feat=8), DDPM.default_betas(40), 40))
+    monkeypatch.setitem(sys.modules, "evaluate", evaluate)
+    result = call(tmp_path, "evaluate.py", "--weights", "small.pth", "--steps", "20", "41")
+    assert_one_line_error(result, "1 to 40", "small.pth")
