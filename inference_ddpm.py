@@ -18,7 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, WeightsError, image_grid, load_ddpm, number, pick_device, save_png, show_progress
+from ddpm_model import (
+    DDPM,
+    GUIDE_W,
+    WeightsError,
+    image_grid,
+    keep_freed_memory,
+    load_ddpm,
+    number,
+    pick_device,
+    save_png,
+    show_progress,
+)
 
 BATCH_SIZE = 500  # digits drawn at a time, which bounds the memory
 FPS = 30
@@ -105,6 +116,7 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
 
 def main() -> None:
     args = parse_args()
+    keep_freed_memory()
     try:
         ddpm = load_ddpm(args.weights, args.device)
         args.steps = args.steps or ddpm.n_T

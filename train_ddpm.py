@@ -9,7 +9,6 @@ With each save, a sheet of digits goes to generated_outputs/epoch_NN.png: watch 
 
 import argparse
 import copy
-import ctypes
 import math
 import os
 import shutil
@@ -27,6 +26,7 @@ from ddpm_model import (
     ContextUnet,
     WeightsError,
     image_grid,
+    keep_freed_memory,
     number,
     pick_device,
     read_state,
@@ -51,8 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--epochs", type=number(int, 1), default=30)
-    add("--batch-size", type=number(int, 1), default=64, help="images a step, over all processes")
-    add("--lr", type=number(float, 1e-8, 1), default=2e-3, help="peak learning rate")
+    add("--batch-size", type=number(int, 1), default=128, help="images a step, over all processes")
+    add("--lr", type=number(float, 1e-8, 1), default=3e-3, help="peak learning rate")
     add("--drop-prob", type=number(float, 0, 1), default=0.1, help="how often the class is hidden")
     add("--n-feat", type=number(int, 8, 1024), default=32, help="width of the network, a multiple of 8")
     add("--n-T", type=number(int, *N_T_RANGE), default=400, help="number of timesteps")
@@ -165,16 +165,6 @@ def hardware_has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep the memory of freed tensors, rather than hand it back to the kernel, which clears each page anew.
-
-    On a CPU that is thousands of page faults a step. Does nothing where the C library is another one.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
 def learning_rate(step: int, total: int, peak: float) -> float:
     """Linear warm-up to peak, then half a cosine down to 0 after total steps."""
     warmup = min(WARMUP_STEPS, total // 10)
@@ -183,11 +173,56 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of a weight [out, ...], seen as a matrix, has all singular values near 1.
+
+    Every direction in which the convolution can improve then improves alike (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). The update is scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982,
+    section 2.2), so that both take the same learning rate.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, weights: list[nn.Parameter], lr: float):
+        same_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for weight in weights:
+            same_shape.setdefault(weight.shape, []).append(weight)
+        super().__init__([{"params": group} for group in same_shape.values()], {"lr": lr})
+        for weight in weights:
+            self.state[weight]["momentum"] = torch.zeros_like(weight)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            weights = group["params"]
+            gradients, momenta = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
+            torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+            ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.MOMENTUM))  # Nesterov's
+            updates = orthogonalised(ahead.flatten(2))
+            size = 0.2 * math.sqrt(max(updates.shape[1:]))
+            torch._foreach_add_(weights, list(updates.view_as(ahead)), alpha=-group["lr"] * size)
+
+
+def orthogonalised(x: Tensor) -> Tensor:
+    """Matrices x [N,m,n] with their singular values brought to 0.7 .. 1.2, by five Newton-Schulz iterations of Jordan
+    et al. Each multiplies x from the left by a polynomial in x x^T, and needs no more of x than that small product."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalised(x.mT).mT
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, product = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+    identity = product
+    for _ in range(5):
+        polynomial = torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
+        product, gram = polynomial @ product, polynomial @ gram @ polynomial
+    return product @ x
+
+
 class Trainer:
     """What changes while training. Random numbers start anew at each epoch from (seed, epoch, rank): a run that goes on
     after a save repeats the run that was not stopped, and no random state needs saving."""
 
-    PARTS = ("ddpm", "ema", "optimizer")
+    PARTS = ("ddpm", "ema", "adamw", "muon")
 
     def __init__(
         self, args: argparse.Namespace, images: Tensor, labels: Tensor, rank: int, world: int, device: torch.device
@@ -198,7 +233,9 @@ class Trainer:
         self.ddpm = DDPM(ContextUnet(n_feat=args.n_feat), DDPM.default_betas(args.n_T), args.n_T, args.drop_prob)
         self.ddpm.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.ddpm).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.ddpm.parameters(), lr=args.lr, fused=True)
+        kernels = [weight for weight in self.ddpm.parameters() if weight.ndim == 4]  # of the convolutions
+        others = [weight for weight in self.ddpm.parameters() if weight.ndim != 4]
+        self.muon, self.adamw = Muon(kernels, args.lr), torch.optim.AdamW(others, lr=args.lr, fused=True)
         self.epoch = 0  # how many are complete
         self.saved_epoch = 0  # how many of them are saved
         self.batches = math.ceil(len(images) / args.batch_size)  # in an epoch
@@ -238,10 +275,11 @@ class Trainer:
         share = self.world * len(mine) / len(index)  # 1, unless the batch does not divide evenly
         (loss * share).backward()
         nn.utils.clip_grad_norm_(self.ddpm.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.args.epochs * self.batches, self.args.lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in (self.muon, self.adamw):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, self.args.epochs * self.batches, self.args.lr)
+            optimizer.step()
+            optimizer.zero_grad()
         decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short at first, to forget the random start
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.ddpm.parameters()), 1 - decay)

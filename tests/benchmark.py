@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_ddpm
-from ddpm_model import DDPM, pick_device
+from ddpm_model import DDPM, keep_freed_memory, pick_device
 
 N_IMAGES = 60_000  # of an epoch
 STEPS = 20  # training steps timed at once
@@ -49,7 +49,7 @@ def main() -> None:
 
     options = train_ddpm.make_parser().parse_args([])
     images = torch.randint(0, 256, (options.batch_size * STEPS, 28, 28), dtype=torch.uint8)
-    train_ddpm.keep_freed_memory()
+    keep_freed_memory()
     trainer = train_ddpm.Trainer(options, images, torch.arange(len(images)) % 10, rank=0, world=1, device=device)
     ddpm = trainer.ema
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"

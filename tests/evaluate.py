@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, WeightsError, load_ddpm, number, pick_device
+from ddpm_model import DDPM, GUIDE_W, WeightsError, keep_freed_memory, load_ddpm, number, pick_device
 from tests.digit_classifier import judge, load_classifier
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mnist_features.pth"
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--device", type=pick_device, default="auto")
     parser.add_argument("--data-dir", help="compute the features of real images from the MNIST here")
     args = parser.parse_args()
+    keep_freed_memory()
 
     real = real_features(args.data_dir) if args.data_dir else torch.load(FIXTURE, weights_only=True)
     try:

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from ddpm_model import DDPM, GUIDED, X0_LIMIT, ContextUnet, ddpm_schedules, image_grid
+from ddpm_model import DDPM, GUIDED, X0_LIMIT, ContextUnet, ddpm_schedules, image_grid, predict_x0
 
 
 def randomised(net: nn.Module) -> nn.Module:
@@ -30,7 +31,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.x0, self.n_T, self.error, self.alphabar = x0, n_T, error, ddpm_schedules(*betas, n_T)["alphabar"]
 
-    def forward(self, x, c, t, context_mask):
+    def forward(self, x, c, t, context_mask, x0_hat=None):
         self.x_t = x
         alphabar = self.alphabar[(t * self.n_T).round().long()][:, None, None, None]
         x0 = self.x0 + self.error * torch.randn_like(x)
@@ -42,7 +43,7 @@ def gaussian_ddpm(n_T: int, std: float) -> DDPM:
     alphabar = ddpm_schedules(*DDPM.default_betas(n_T), n_T)["alphabar"]
 
     class Exact(nn.Module):
-        def forward(self, x, c, t, context_mask):
+        def forward(self, x, c, t, context_mask, x0_hat=None):
             a = alphabar[(t * n_T).round().long()][:, None, None, None]
             variance = a * std**2 + 1 - a
             return (a.sqrt() * (1 - a).sqrt() * (1 - std**2)) / variance * x
@@ -51,9 +52,9 @@ def gaussian_ddpm(n_T: int, std: float) -> DDPM:
 
 
 def timestep_probabilities(n_T: int) -> torch.Tensor:
-    """How often training should visit t = 1 .. n_T: half uniform, half logit-normal of mean -0.5 and deviation 0.8."""
+    """How often training visits t = 1 .. n_T: a fifth uniform, the rest logit-normal (mean -0.5, deviation 0.8)."""
     edges = torch.arange(n_T + 1, dtype=torch.float64) / n_T
-    return 0.5 / n_T + 0.5 * torch.special.ndtr((edges.logit() + 0.5) / 0.8).diff()
+    return 0.2 / n_T + 0.8 * torch.special.ndtr((edges.logit() + 0.5) / 0.8).diff()
 
 
 @pytest.mark.parametrize("T", [1, 40, 1000])
@@ -115,7 +116,7 @@ def test_loss_of_the_perfect_network_is_zero_and_of_the_zero_network_is_the_powe
     assert perfect(x, torch.zeros(64, dtype=torch.long)).item() < 1e-6
 
     class Zero(nn.Module):
-        def forward(self, x, c, t, context_mask):
+        def forward(self, x, c, t, context_mask, x0_hat=None):
             return torch.zeros_like(x)
 
     ddpm = DDPM(Zero(), betas, 40)
@@ -129,7 +130,7 @@ def test_loss_of_the_perfect_network_is_zero_and_of_the_zero_network_is_the_powe
 class Witness(nn.Module):
     """Remembers what the training loss asks of the network."""
 
-    def forward(self, x, c, t, context_mask):
+    def forward(self, x, c, t, context_mask, x0_hat=None):
         self.t, self.context_mask = t, context_mask
         return torch.zeros_like(x)
 
@@ -174,6 +175,46 @@ def test_guidance_is_linear_in_w_and_conditional_at_0():
     torch.testing.assert_close(ddpm.guided_v(x, c, 20, 0), v_cond)
     for w in (0.5, 2.0):
         torch.testing.assert_close(ddpm.guided_v(x, c, 20, w), v_cond + w * (v_cond - v_null))
+
+
+def calls_of(ddpm: DDPM, work: Callable[[], object]) -> list[tuple[torch.Tensor, ...]]:
+    """(x_t, x0_hat, v, the x0 that they imply) of each time that work asks the network."""
+    calls = []
+
+    def remember(net, inputs, v):
+        x_t, _, t, _, *x0_hat = inputs
+        alphabar = ddpm.alphabar[(t * ddpm.n_T).round().long()][:, None, None, None]
+        calls.append((x_t, *(x0_hat or [None]), v, predict_x0(x_t, v, alphabar)))
+
+    hook = ddpm.nn_model.register_forward_hook(remember)
+    work()
+    hook.remove()
+    return calls
+
+
+def test_a_quarter_of_the_images_train_with_an_estimate_of_x0_from_the_network_itself():
+    ddpm, x = small_ddpm(), torch.rand(8, 1, 28, 28)
+    (seen, none, v, estimate), (x_t, x0_hat, _, _) = calls_of(ddpm, lambda: ddpm(x, torch.arange(8)))
+    assert torch.equal(seen, x_t[:2]) and none is None and not v.requires_grad
+    torch.testing.assert_close(x0_hat[:2], estimate)
+    assert (x0_hat[2:] == 0).all()
+
+
+@pytest.mark.parametrize("steps", [40, 10])
+def test_each_step_of_sampling_starts_from_the_estimate_of_the_step_before(steps):
+    ddpm = small_ddpm()
+    calls = calls_of(ddpm, lambda: ddpm.sample(torch.arange(4), 0, steps))
+    assert (calls[0][1] == 0).all()
+    for (_, _, _, before), (_, x0_hat, _, _) in itertools.pairwise(calls):
+        torch.testing.assert_close(x0_hat, before, rtol=1e-4, atol=1e-4)
+
+
+def test_an_estimate_of_x0_counts_and_none_is_middle_grey():
+    net, x, c = randomised(ContextUnet(n_feat=8)), torch.randn(2, 1, 28, 28), torch.arange(2)
+    t, keep = torch.full((2,), 0.5), torch.ones(2)
+    v = net(x, c, t, keep)
+    assert torch.equal(v, net(x, c, t, keep, torch.zeros_like(x)))
+    assert (v - net(x, c, t, keep, torch.ones_like(x))).abs().mean() > 1e-3
 
 
 def test_without_guidance_the_null_half_is_not_computed():

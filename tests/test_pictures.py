@@ -74,7 +74,7 @@ def test_several_digits_are_those_drawn_alone(quick, draw):
 def test_many_digits_are_drawn_in_batches(quick, monkeypatch, draw):
     sizes = []
     monkeypatch.setattr(inference_ddpm, "BATCH_SIZE", 4)
-    monkeypatch.setattr(DDPM, "guided_v", lambda self, x, c, t, w: sizes.append(len(x)) or x)
+    monkeypatch.setattr(DDPM, "guided_v", lambda self, x, c, t, w, x0_hat: sizes.append(len(x)) or x)
     assert draw(quick, "--count", "10", "--steps", "1", "--scale", "1").returncode == 0
     assert sizes == [4, 4, 2]
     assert pixels(quick / "generated_outputs" / "digit_5_grid.png").shape == (30 * 3 + 2, 30 * 4 + 2)

@@ -8,15 +8,15 @@ import cv2
 import pytest
 from PIL import Image
 
-from tests.conftest import PROJECT, fill, run
+from tests.conftest import PROJECT, fill, run, write_small_mnist
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_four_commands_in_a_copy_of_the_project(tmp_path):
-    """In their order, so the digits are drawn by weights that one step an epoch on 64 bars has made."""
+    """In their order, so the digits are drawn by weights that one step an epoch on 128 bars has made."""
     fill(tmp_path)
-    (tmp_path / "small").rename(tmp_path / "data")
+    write_small_mnist(tmp_path / "data", n_images=128)
     shutil.copytree(PROJECT / "weights", tmp_path / "weights")
     shipped = (tmp_path / "weights" / "ddpm_mnist.pth").read_bytes()
     block = README.split("<!-- commands -->")[1].split("<!-- end -->")[0]

@@ -65,6 +65,30 @@ def test_a_small_run_learns_and_its_weights_draw(workdir, call):
     assert drawn.returncode == 0 and (workdir / "generated_outputs" / "digit_4_grid.png").exists(), drawn.stderr
 
 
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+def test_an_orthogonalised_matrix_keeps_its_singular_vectors_and_has_singular_values_near_one(shape):
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = 1e-3 * u @ torch.linspace(1, 0.05, min(shape)).diag() @ v
+    values = u.T @ train_ddpm.orthogonalised(matrix[None])[0] @ v.T
+    assert values.diag().min() > 0.6 and values.diag().max() < 1.3
+    assert (values - values.diag().diag()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_muon_goes_downhill_by_the_learning_rate_however_steep_it_is(scale):
+    """Its step is as large as AdamW's, 0.2 lr in root mean square (Liu et al. 2025), give or take singular values."""
+    shapes = [(16, 8, 3, 3), (4, 8, 1, 1), (16, 8, 3, 3)]
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    before, muon = [weight.detach().clone() for weight in weights], train_ddpm.Muon(weights, lr=0.01)
+    for weight in weights:
+        weight.grad = scale * torch.randn_like(weight)
+    muon.step()
+    for weight, old in zip(weights, before):
+        step = weight.detach() - old
+        assert (step * weight.grad).sum() < 0
+        assert 0.6 < step.square().mean().sqrt() / (0.2 * 0.01) < 1.3
+
+
 def test_what_exists_is_replaced_only_at_the_first_save_and_said_first(workdir):
     (workdir / "weights").mkdir()
     (workdir / WEIGHTS).write_bytes(b"precious")
@@ -308,16 +332,18 @@ def test_two_ranks_visit_each_image_once_stay_identical_and_one_can_go_on(workdi
 
 
 def test_gradients_of_two_ranks_are_those_of_the_whole_batch(workdir, tmp_path_factory):
-    """With the same noise on each image. Adam's running mean of the gradients tells, after five steps."""
+    """With the same noise on each image. The optimizers' running means of the gradients tell, after five steps."""
     script = PROJECT / "tests" / "two_ranks.py"
-    options = ["--same-noise", *SMALL_RUN, "--batch-size", "15", "--epochs", "1"]
+    options = ["--same-noise", *SMALL_RUN, "--batch-size", "15", "--epochs", "1", "--precision", "fp32"]
     alone = fill(tmp_path_factory.mktemp("alone"))
     for result in (torchrun(workdir, script, *options), run(alone, script, *options)):
         assert result.returncode == 0, result.stderr
     moments = []
     for folder in (workdir, alone):
-        of_each = read_state(folder / STATE)["optimizer"]["state"].values()
-        moments.append(torch.cat([state["exp_avg"].flatten() for state in of_each]))
+        state = read_state(folder / STATE)
+        means = [of_each["exp_avg"] for of_each in state["adamw"]["state"].values()]
+        means += [of_each["momentum"] for of_each in state["muon"]["state"].values()]
+        moments.append(torch.cat([mean.flatten() for mean in means]))
     assert (moments[0] - moments[1]).norm() < 2e-4 * moments[1].norm()
 
 

@@ -7,6 +7,7 @@ import pickle
 import random
 import signal
 import time
+import zipfile
 
 import pytest
 import torch
@@ -109,6 +110,16 @@ def test_weights_that_are_not_finite_are_refused(good_file, tmp_path):
     next(iter(state["model"].values())).view(-1)[0] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
     refused(tmp_path / "nan.pth")
+
+
+def test_a_record_marked_as_a_folder_is_refused(good_file, tmp_path):
+    """torch.load reads nothing of such a record, and takes for its weights what happens to be in memory."""
+    with zipfile.ZipFile(good_file) as good, zipfile.ZipFile(tmp_path / "folder.pth", "w") as bad:
+        for entry in good.infolist():
+            data = good.read(entry)
+            entry.external_attr = 0x10 if entry.filename.endswith("/data/3") else 0
+            bad.writestr(entry, data)
+    assert "damaged" in refused(tmp_path / "folder.pth")
 
 
 def test_random_damage_is_refused_or_harmless(ddpm, good_file, tmp_path):
