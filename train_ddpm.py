@@ -174,7 +174,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update of a weight [out, ...], seen as a matrix, has all singular values near 1.
+    """Momentum whose update of a weight [out, ...], seen as a matrix, has singular values near 1.
 
     Every direction in which the convolution can improve then improves alike (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon). The update is scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982,
@@ -204,14 +204,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(x: Tensor) -> Tensor:
-    """Matrices x [N,m,n] with their singular values brought to 0.7 .. 1.2, by five Newton-Schulz iterations of Jordan
-    et al. Each multiplies x from the left by a polynomial in x x^T, and needs no more of x than that small product."""
+    """Matrices x [N,m,n] with their singular values, but for very small ones, brought to 0.7 .. 1.2.
+
+    That is five Newton-Schulz iterations of Jordan et al. Each multiplies x from the left by a polynomial in x x^T, and
+    needs no more of x than that small product.
+    """
     if x.shape[1] > x.shape[2]:
         return orthogonalised(x.mT).mT
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, torch.eye(x.shape[1], device=x.device)
-    identity = product
+    gram = x @ x.mT
+    product = identity = torch.eye(x.shape[1], device=x.device)
     for _ in range(5):
         polynomial = torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
         product, gram = polynomial @ product, polynomial @ gram @ polynomial
@@ -358,7 +361,7 @@ def prepare() -> Trainer:
         trainer.load(state)
     if rank == 0:
         size = sum(parameter.nbytes for parameter in trainer.ddpm.parameters())
-        check_writable(args.weights, 10 * size)  # five copies are saved, beside the five old ones
+        check_writable(args.weights, 10 * size)  # at most five copies are saved, beside the old ones
         check_writable(SHEET_DIR / "epoch_01.png", 10**6)
     return trainer
 
