@@ -197,15 +197,17 @@ class DDPM(nn.Module):
     def guided_v(self, x_t: Tensor, c: Tensor, t: int, guide_w: float, x0_hat: Tensor | None = None) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, eq. 6), v = (1+w) v_cond - w v_null; w = 0 skips the null half.
 
-        The paper's line is in eps; at a given x_t, v is linear in eps, so it is the same line in v.
+        The paper's line is in eps; at a given x_t, v is linear in eps, so it is the same line in v. A CPU that has bf16
+        multiplies in it: a quarter less time, and the same digits to the eye.
         """
         keep = torch.ones(len(x_t), device=x_t.device)
         time = keep * (t / self.n_T)
         x0_hat = torch.zeros_like(x_t) if x0_hat is None else x0_hat
-        if guide_w == 0:
-            return self.nn_model(x_t, c, time, keep, x0_hat)
-        x_t, x0_hat, c, time = (torch.cat([a, a]) for a in (x_t, x0_hat, c, time))
-        v_cond, v_null = self.nn_model(x_t, c, time, torch.cat([keep, 0 * keep]), x0_hat).chunk(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=hardware_has_bf16(torch.device("cpu"))):
+            if guide_w == 0:
+                return self.nn_model(x_t, c, time, keep, x0_hat).float()
+            x_t, x0_hat, c, time = (torch.cat([a, a]) for a in (x_t, x0_hat, c, time))
+            v_cond, v_null = self.nn_model(x_t, c, time, torch.cat([keep, 0 * keep]), x0_hat).float().chunk(2)
         return (1 + guide_w) * v_cond - guide_w * v_null
 
     @torch.inference_mode()
@@ -376,6 +378,14 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def hardware_has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    return device.type == "cpu" and bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
 def keep_freed_memory() -> None:

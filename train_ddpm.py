@@ -25,6 +25,7 @@ from ddpm_model import (
     N_T_RANGE,
     ContextUnet,
     WeightsError,
+    hardware_has_bf16,
     image_grid,
     keep_freed_memory,
     number,
@@ -155,14 +156,6 @@ def join_processes(device: torch.device) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def hardware_has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16, rather than emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
-    return device.type == "cpu" and bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+import ddpm_model
 from ddpm_model import DDPM, GUIDED, X0_LIMIT, ContextUnet, ddpm_schedules, image_grid, predict_x0
+
+
+@pytest.fixture(autouse=True)
+def in_fp32(monkeypatch):
+    """On every machine alike: exact enough for closed forms."""
+    monkeypatch.setattr(ddpm_model, "hardware_has_bf16", lambda device: False)
 
 
 def randomised(net: nn.Module) -> nn.Module:
@@ -177,6 +184,15 @@ def test_guidance_is_linear_in_w_and_conditional_at_0():
         torch.testing.assert_close(ddpm.guided_v(x, c, 20, w), v_cond + w * (v_cond - v_null))
 
 
+def test_drawing_multiplies_in_bf16_where_the_hardware_does(monkeypatch):
+    ddpm, x, c = small_ddpm(), torch.randn(4, 1, 28, 28), torch.arange(4)
+    exact = ddpm.guided_v(x, c, 20, 1.0)
+    monkeypatch.setattr(ddpm_model, "hardware_has_bf16", lambda device: True)
+    rounded = ddpm.guided_v(x, c, 20, 1.0)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    assert (rounded - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
 def calls_of(ddpm: DDPM, work: Callable[[], object]) -> list[tuple[torch.Tensor, ...]]:
     """(x_t, x0_hat, v, the x0 that they imply) of each time that work asks the network."""
     calls = []
@@ -284,6 +300,22 @@ def test_few_steps_are_second_order():
         x_0 = 2 * ddpm.sample(c, 0, steps, torch.Generator().manual_seed(1)) - 1
         errors[steps] = (x_0 - std * x_T).abs().mean().item() / std
     assert errors[40] < 0.02 and errors[40] / errors[80] > 3 and errors[80] / errors[160] > 3
+
+
+def test_all_steps_are_ancestral_sampling():
+    """Each x_s is a draw from q(x_s | x_t, x0), as Bayes' rule has it: the precisions of q(x_t | x_s) and q(x_s | x0)
+    add, and so do their precision-weighted means."""
+    betas, x0 = DDPM.default_betas(40), 2 * torch.rand(1, 1, 28, 28) - 1
+    ddpm, calls = DDPM(Oracle(x0, betas, 40), betas, 40), []
+    ddpm.nn_model.register_forward_hook(lambda net, inputs, v: calls.append(inputs[0]))
+    ddpm.sample(torch.zeros(200, dtype=torch.long), 0, None, torch.Generator().manual_seed(0))
+    for t, (x_t, x_s) in zip(range(40, 1, -1), itertools.pairwise(calls), strict=True):
+        alpha, a_s = (ddpm.alphabar[t] / ddpm.alphabar[t - 1]).item(), ddpm.alphabar[t - 1].item()
+        precision = alpha / (1 - alpha) + 1 / (1 - a_s)
+        mean = (alpha**0.5 * x_t / (1 - alpha) + a_s**0.5 * x0 / (1 - a_s)) / precision
+        z, error = (x_s - mean) * precision**0.5, 5 / x_s.numel() ** 0.5 + 1e-3
+        assert abs(z.mean().item()) < error and z.std().item() == pytest.approx(1, abs=error)
+        assert abs((z * (x_t - x_t.mean())).mean().item()) < error
 
 
 @pytest.mark.parametrize("steps", [40, 10])
