@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from torch import Tensor
 
 PROJECT = Path(__file__).parent.parent
 SMALL_RUN = ("--n-feat", "8", "--n-T", "40", "--batch-size", "16", "--data-dir", "small", "--device", "cpu")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so its children
 
 
 def write_idx(path: Path, tensor: Tensor) -> None:
