@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GUIDE_W = 0.5  # the guidance weight drawn with unless told otherwise; README has the table it was chosen from
-GUIDED = (0.1, 0.6)  # guidance acts while t / n_T is in this interval
+GUIDED = (0.3, 0.6)  # guidance acts while t / n_T is in this interval
 X0_LIMIT = 1.1  # x0 is clipped here, beyond black at -1: clipped at -1, what errors are left would all be too bright
 N_T_RANGE = (21, 10_000)  # timesteps a DDPM can have: below 21, the scaled betas would pass 1
 
@@ -168,26 +168,48 @@ class DDPM(nn.Module):
         """Ho et al.'s (1e-4, 0.02) for 1000 steps, scaled so that n_T steps end in as pure a noise: alphabar < 1e-4."""
         return 0.1 / n_T, 20 / n_T
 
-    def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t of Ho et al. 2020, eq. 4, and its velocity, for x0, eps [B,1,28,28] and t [B] int64 in 0 .. n_T."""
+    def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t of Ho et al. 2020, eq. 4, for x0, eps [B,1,28,28] and t [B] int64 in 0 .. n_T."""
         alphabar = self.alphabar[t][:, None, None, None]
-        signal, noise = alphabar.sqrt(), (1 - alphabar).sqrt()
-        return signal * x0 + noise * eps, signal * eps - noise * x0
+        return alphabar.sqrt() * x0 + (1 - alphabar).sqrt() * eps
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def expected_v(self, x_t: Tensor, t: Tensor, x0: Tensor, candidate: Tensor) -> Tensor:
+        """The velocity that x_t [B,1,28,28] has on average if it was made from one of the images x0 [M,1,28,28].
+
+        t [B] int64 in 1 .. n_T; candidate [B,M] bool: from which of them it can be, each as likely before x_t is seen.
+        Bayes' rule weighs each by q(x_t | x0) (Stable Target Field, Xu et al. 2023, arXiv:2302.00670, section 3). In
+        fp32, also under autocast: bf16 would not tell the candidates apart.
+        """
+        with torch.autocast(x_t.device.type, enabled=False):
+            alphabar, x_t_flat, x0 = self.alphabar[t][:, None], x_t.flatten(1), x0.flatten(1)
+            signal, noise = alphabar.sqrt(), (1 - alphabar).sqrt()
+            log_q = (signal * (x_t_flat @ x0.mT) - alphabar * x0.square().sum(1) / 2) / noise**2  # up to a constant
+            posterior = log_q.masked_fill(~candidate, -math.inf).softmax(1)  # [B, M]
+            return ((signal * x_t_flat - posterior @ x0) / noise).view_as(x_t)
+
+    def forward(self, x: Tensor, c: Tensor, others: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Training loss, a scalar, for images x [B,1,28,28] in [0,1] of classes c [B] int64.
 
         It is the mean squared error on v; Ho et al. 2020, eq. 14, has it on eps, which weighs noisy timesteps less.
+        A noisy image could have come from many digits, so its target is not the v of the one it was made from but the
+        mean over all that it could have come from as far as the network can tell: those of its class (of any, where the
+        class is hidden) in this batch and in others, which are more images [M,1,28,28] of the data set and their
+        classes [M]. The best network is the same, and the gradient has far less noise.
+        One image in twenty, if it is noisy, is asked for as the class of its neighbour in the batch: the mean over that
+        class tells how to lead a drawing back that begins to look like another digit.
         One timestep in five is uniform over 1 .. n_T, as in eq. 14; the others are logit-normal (Esser et al. 2024,
-        arXiv:2403.03206, section 3.1) around 0.38 n_T, where the strokes of a digit are decided. A quarter of the
-        images come with an estimate of x0, as they will when sampling: the network's own, made without gradients.
+        arXiv:2403.03206, section 3.1) around 0.38 n_T, where the strokes of a digit are decided. Half of the images
+        come with an estimate of x0, as they will when sampling: the network's own, made without gradients.
         """
         B, device = len(x), x.device
         uniform, middle = torch.rand(B, device=device), torch.sigmoid(0.8 * torch.randn(B, device=device) - 0.5)
         t = (torch.where(torch.rand(B, device=device) < 0.2, uniform, middle) * self.n_T).long() + 1
-        x_t, v = self.add_noise(2 * x - 1, t, torch.randn_like(x))
+        x_t = self.add_noise(2 * x - 1, t, torch.randn_like(x))
         context_mask = torch.rand(B, device=device) >= self.drop_prob
-        time, some = t / self.n_T, slice((B + 3) // 4)
+        all_x, all_c = (x, c) if others is None else (torch.cat([x, others[0]]), torch.cat([c, others[1]]))
+        c = torch.where((torch.rand(B, device=device) < 0.05) & (t > 0.3 * self.n_T), c.roll(1), c)
+        v = self.expected_v(x_t, t, 2 * all_x - 1, (c[:, None] == all_c) | ~context_mask[:, None])
+        time, some = t / self.n_T, slice((B + 1) // 2)
         x0_hat = torch.zeros_like(x_t)
         with torch.no_grad():
             v_hat = self.nn_model(x_t[some], c[some], time[some], context_mask[some]).float()

@@ -39,6 +39,7 @@ from ddpm_model import (
 
 EMA_DECAY = 0.999
 WARMUP_STEPS = 500
+OTHERS = 2000  # images, drawn anew at each step, that its targets are averaged over
 SHEET_DIR = Path("generated_outputs")
 RUN_OPTIONS = ("epochs", "batch_size", "lr", "drop_prob", "n_feat", "n_T", "save_every", "seed", "precision")
 
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--epochs", type=number(int, 1), default=30)
     add("--batch-size", type=number(int, 1), default=128, help="images a step, over all processes")
-    add("--lr", type=number(float, 1e-8, 1), default=3e-3, help="peak learning rate")
+    add("--lr", type=number(float, 1e-8, 1), default=5e-3, help="peak learning rate")
     add("--drop-prob", type=number(float, 0, 1), default=0.1, help="how often the class is hidden")
     add("--n-feat", type=number(int, 8, 1024), default=32, help="width of the network, a multiple of 8")
     add("--n-T", type=number(int, *N_T_RANGE), default=400, help="number of timesteps")
@@ -266,8 +267,9 @@ class Trainer:
         """An update on the images of index, of which this process takes its share. Returns the sum of its losses."""
         mine = index.tensor_split(self.world)[self.rank]
         x = self.images[mine][:, None] / 255
+        others = torch.randint(len(self.images), (OTHERS,), device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.model(x, self.labels[mine])
+            loss = self.model(x, self.labels[mine], (self.images[others][:, None] / 255, self.labels[others]))
         share = self.world * len(mine) / len(index)  # 1, unless the batch does not divide evenly
         (loss * share).backward()
         nn.utils.clip_grad_norm_(self.ddpm.parameters(), 1.0)

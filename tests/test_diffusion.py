@@ -99,11 +99,13 @@ def test_noised_image_has_the_mean_and_variance_of_equation_4():
         total, squares = torch.zeros(784, dtype=torch.float64), torch.zeros(784, dtype=torch.float64)
         for _ in range(n // 1000):
             eps = torch.randn(1000, 1, 28, 28)
-            x_t, v = ddpm.add_noise(x0.expand(1000, -1, -1, -1), torch.full((1000,), t), eps)
+            many = torch.full((1000,), t)
+            x_t = ddpm.add_noise(x0.expand(1000, -1, -1, -1), many, eps)
             total += x_t.flatten(1).double().sum(0)
             squares += x_t.flatten(1).double().square().sum(0)
-            torch.testing.assert_close(alphabar**0.5 * x_t - (1 - alphabar) ** 0.5 * v, x0.expand_as(x_t))  # x0 from v
-            torch.testing.assert_close((1 - alphabar) ** 0.5 * x_t + alphabar**0.5 * v, eps)  # eps from v
+            v = ddpm.expected_v(x_t, many, x0, torch.ones(1000, 1, dtype=torch.bool))
+            torch.testing.assert_close(predict_x0(x_t, v, alphabar), x0.expand_as(x_t), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close((1 - alphabar) ** 0.5 * x_t + alphabar**0.5 * v, eps, rtol=1e-4, atol=1e-4)
         mean, error = total / n, 5 * ((1 - alphabar) / n) ** 0.5  # five standard errors
         assert (mean - alphabar**0.5 * x0.flatten()).abs().max() < error
         variance = (squares / n - mean**2).mean().item()  # over all pixels
@@ -112,7 +114,7 @@ def test_noised_image_has_the_mean_and_variance_of_equation_4():
 
 def test_clean_data_is_timestep_0():
     ddpm, x0 = small_ddpm(), torch.rand(3, 1, 28, 28)
-    x_0, _ = ddpm.add_noise(x0, torch.zeros(3, dtype=torch.long), torch.randn_like(x0))
+    x_0 = ddpm.add_noise(x0, torch.zeros(3, dtype=torch.long), torch.randn_like(x0))
     assert torch.equal(x_0, x0)
 
 
@@ -132,6 +134,82 @@ def test_loss_of_the_perfect_network_is_zero_and_of_the_zero_network_is_the_powe
     expected = alphabar + (1 - alphabar) * (2 * image - 1).double().square().mean()
     measured = torch.stack([ddpm(x, torch.zeros(64, dtype=torch.long)) for _ in range(200)]).double().mean()
     assert measured.item() == pytest.approx(expected.item(), rel=0.01)
+
+
+def noised(t: int, n: int) -> tuple[DDPM, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ddpm, three images x0 of four pixels, which of them [n] was noised to timestep t, x_t and v [n,1,1,4])."""
+    torch.manual_seed(0)
+    ddpm, x0, which = small_ddpm(), torch.randn(3, 1, 1, 4), torch.randint(3, (n,))
+    eps, alphabar = torch.randn(n, 1, 1, 4), ddpm.alphabar[t]
+    x_t = ddpm.add_noise(x0[which], torch.full((n,), t), eps)
+    return ddpm, x0, which, x_t, alphabar.sqrt() * eps - (1 - alphabar).sqrt() * x0[which]
+
+
+@pytest.mark.parametrize("t", [2, 20, 40])
+def test_expected_velocity_is_the_mean_of_the_posterior(t):
+    ddpm, x0, which, x_t, _ = noised(t, 50)
+    candidate = (torch.rand(50, 3) < 0.5) | (which[:, None] == torch.arange(3))
+    signal, noise = ddpm.alphabar[t].double().sqrt(), (1 - ddpm.alphabar[t].double()).sqrt()
+    x, images = x_t.double()[:, None], x0.double()[None]  # [50,1,...] and [1,3,...]
+    log_q = torch.distributions.Normal(signal * images, noise).log_prob(x).sum(dim=(2, 3, 4))
+    posterior = (log_q + candidate.double().log()).softmax(dim=1)  # Bayes' rule
+    v = signal * (x - signal * images) / noise - noise * images  # if it was made from each
+    expected = (posterior[:, :, None, None, None] * v).sum(dim=1)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training; it must not round
+        measured = ddpm.expected_v(x_t, torch.full((50,), t), x0, candidate)
+    torch.testing.assert_close(measured.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_expected_velocity_teaches_the_same_with_less_noise():
+    """The tower rule: E[v f(x_t)] = E[E[v | x_t] f(x_t)] for any f, so the mean gradient of the loss is the same."""
+    n = 100_000
+    ddpm, x0, _, x_t, v = noised(20, n)
+    expected = ddpm.expected_v(x_t, torch.full((n,), 20), x0, torch.ones(n, 3, dtype=torch.bool))
+    for f in (torch.ones_like(x_t), x_t, x_t.sin(), x_t.square()):
+        difference = ((v - expected) * f).flatten(1).double()
+        assert (difference.mean(0).abs() < 5 * difference.std(0) / n**0.5).all()
+    assert expected.var() < 0.9 * v.var()
+
+
+def test_targets_are_averaged_over_what_the_network_cannot_tell_apart():
+    x, c = torch.rand(4, 1, 28, 28), torch.arange(4)
+    same_class, other_class = (torch.rand(4, 1, 28, 28), c), (torch.rand(4, 1, 28, 28), c + 4)
+
+    def loss(drop_prob: float, others: tuple[torch.Tensor, torch.Tensor] | None) -> float:
+        torch.manual_seed(0)
+        ddpm = DDPM(Witness(), DDPM.default_betas(40), 40, drop_prob)
+        return sum(ddpm(x, c, others).item() for _ in range(20))  # Witness says 0, so this is the power of the targets
+
+    assert loss(0.0, other_class) == pytest.approx(loss(0.0, None), rel=1e-5)  # the class is known
+    assert loss(0.0, same_class) < 0.99 * loss(0.0, None)
+    assert loss(1.0, other_class) < 0.99 * loss(1.0, None)  # it is hidden
+    assert loss(1.0, None) < 0.99 * loss(0.0, None)  # the batch itself counts
+
+
+class Constants(nn.Module):
+    """The perfect network for images of class c whose pixels all are c / 9. Remembers what it was asked."""
+
+    def __init__(self, alphabar: torch.Tensor):
+        super().__init__()
+        self.alphabar = alphabar
+
+    def forward(self, x, c, t, context_mask, x0_hat=None):
+        self.c, self.t = c, (t * 40).round().long()
+        alphabar = self.alphabar[self.t]
+        x0, signal, noise = (a[:, None, None, None] for a in (2 * c / 9 - 1, alphabar.sqrt(), (1 - alphabar).sqrt()))
+        return (signal * x - x0) / noise
+
+
+def test_one_noisy_image_in_twenty_is_asked_for_as_the_class_of_its_neighbour_and_told_what_is_right_for_that():
+    betas, c, noisy, asked = DDPM.default_betas(40), torch.arange(500) % 10, 0, 0
+    ddpm = DDPM(Constants(ddpm_schedules(*betas, 40)["alphabar"]), betas, 40, drop_prob=0.0)
+    for _ in range(40):
+        loss = ddpm((c / 9)[:, None, None, None].expand(-1, 1, 28, 28), c)
+        assert loss.item() < 1e-6
+        other = ddpm.nn_model.c != c
+        assert (ddpm.nn_model.c == c.roll(1))[other].all() and (ddpm.nn_model.t > 12)[other].all()  # 12 = 0.3 * 40
+        noisy, asked = noisy + (ddpm.nn_model.t > 12).sum().item(), asked + other.sum().item()
+    assert asked / noisy == pytest.approx(0.05, abs=5 * (0.05 * 0.95 / noisy) ** 0.5)
 
 
 class Witness(nn.Module):
@@ -208,12 +286,12 @@ def calls_of(ddpm: DDPM, work: Callable[[], object]) -> list[tuple[torch.Tensor,
     return calls
 
 
-def test_a_quarter_of_the_images_train_with_an_estimate_of_x0_from_the_network_itself():
+def test_half_of_the_images_train_with_an_estimate_of_x0_from_the_network_itself():
     ddpm, x = small_ddpm(), torch.rand(8, 1, 28, 28)
     (seen, none, v, estimate), (x_t, x0_hat, _, _) = calls_of(ddpm, lambda: ddpm(x, torch.arange(8)))
-    assert torch.equal(seen, x_t[:2]) and none is None and not v.requires_grad
-    torch.testing.assert_close(x0_hat[:2], estimate)
-    assert (x0_hat[2:] == 0).all()
+    assert torch.equal(seen, x_t[:4]) and none is None and not v.requires_grad
+    torch.testing.assert_close(x0_hat[:4], estimate)
+    assert (x0_hat[4:] == 0).all()
 
 
 @pytest.mark.parametrize("steps", [40, 10])

@@ -65,6 +65,23 @@ def test_a_small_run_learns_and_its_weights_draw(workdir, call):
     assert drawn.returncode == 0 and (workdir / "generated_outputs" / "digit_4_grid.png").exists(), drawn.stderr
 
 
+def test_targets_are_averaged_over_new_images_of_the_whole_data_set_with_their_labels(workdir, monkeypatch, call):
+    real, seen = DDPM.forward, []
+
+    def remember(self, x, c, others):
+        seen.append(others)
+        return real(self, x, c, others)
+
+    monkeypatch.setattr(DDPM, "forward", remember)
+    assert call(workdir, "train_ddpm.py", *SMALL_RUN, "--epochs", "1").returncode == 0
+    images, labels = (torch.cat(of_all_steps) for of_all_steps in zip(*seen))
+    assert images.shape[1:] == (1, 28, 28) and images.min() == 0 and images.max() == 1
+    assert torch.equal(images[:, 0, :, 14].argmax(1), 2 * labels + 3)  # the bar of write_small_mnist
+    expected = len(labels) * (torch.arange(64) % 10).bincount() / 64
+    assert ((labels.bincount(minlength=10) - expected).abs() < 5 * expected.sqrt()).all()
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
 def test_an_orthogonalised_matrix_keeps_its_singular_vectors_and_has_singular_values_near_one(shape):
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
@@ -183,9 +200,9 @@ def test_resume_without_a_state_and_with_a_foreign_one(workdir, call):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(workdir, monkeypatch, call):
     real, calls = DDPM.forward, []
 
-    def diverges(self, x, c):
+    def diverges(self, *batch):
         calls.append(1)
-        return real(self, x, c) * (float("nan") if len(calls) > 6 else 1)  # four steps an epoch
+        return real(self, *batch) * (float("nan") if len(calls) > 6 else 1)  # four steps an epoch
 
     monkeypatch.setattr(DDPM, "forward", diverges)
     result = call(workdir, "train_ddpm.py", *SMALL_RUN, "--epochs", "3", "--save-every", "1")

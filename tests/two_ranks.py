@@ -20,13 +20,15 @@ OWN = {name: name in sys.argv for name in ("--same-noise", "--die")}
 sys.argv = [arg for arg in sys.argv if arg not in OWN]
 
 
-def loss_of_fixed_noise(self: DDPM, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def loss_of_fixed_noise(self: DDPM, x: torch.Tensor, c: torch.Tensor, others: object) -> torch.Tensor:
     """A training loss whose random numbers are a function of the image."""
     total = 0.0
     for image, label in zip(x, c):
         generator = torch.Generator().manual_seed(int(image.sum()) * 10 + int(label))
         t = torch.randint(1, self.n_T + 1, (1,), generator=generator)
-        x_t, v = self.add_noise(2 * image[None] - 1, t, torch.randn(1, 1, 28, 28, generator=generator))
+        x0 = 2 * image[None] - 1
+        x_t = self.add_noise(x0, t, torch.randn(1, 1, 28, 28, generator=generator))
+        v = self.expected_v(x_t, t, x0, torch.ones(1, 1, dtype=torch.bool))
         total = total + (self.nn_model(x_t, label[None], t / self.n_T, torch.ones(1)) - v).square().mean()
     return total / len(x)
 
