@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GUIDE_W = 0.5  # the guidance weight drawn with unless told otherwise; README has the table it was chosen from
+GUIDE_W = 0.7  # the guidance weight drawn with unless told otherwise; README has the table it was chosen from
 GUIDED = (0.3, 0.6)  # guidance acts while t / n_T is in this interval
 X0_LIMIT = 1.1  # x0 is clipped here, beyond black at -1: clipped at -1, what errors are left would all be too bright
 N_T_RANGE = (21, 10_000)  # timesteps a DDPM can have: below 21, the scaled betas would pass 1
@@ -195,8 +195,8 @@ class DDPM(nn.Module):
         mean over all that it could have come from as far as the network can tell: those of its class (of any, where the
         class is hidden) in this batch and in others, which are more images [M,1,28,28] of the data set and their
         classes [M]. The best network is the same, and the gradient has far less noise.
-        One image in twenty, if it is noisy, is asked for as the class of its neighbour in the batch: the mean over that
-        class tells how to lead a drawing back that begins to look like another digit.
+        One image in twenty, unless it is nearly clean, is asked for as the class of its neighbour in the batch: the
+        mean over that class tells how to lead a drawing back that begins to look like another digit.
         One timestep in five is uniform over 1 .. n_T, as in eq. 14; the others are logit-normal (Esser et al. 2024,
         arXiv:2403.03206, section 3.1) around 0.38 n_T, where the strokes of a digit are decided. Half of the images
         come with an estimate of x0, as they will when sampling: the network's own, made without gradients.
@@ -207,7 +207,7 @@ class DDPM(nn.Module):
         x_t = self.add_noise(2 * x - 1, t, torch.randn_like(x))
         context_mask = torch.rand(B, device=device) >= self.drop_prob
         all_x, all_c = (x, c) if others is None else (torch.cat([x, others[0]]), torch.cat([c, others[1]]))
-        c = torch.where((torch.rand(B, device=device) < 0.05) & (t > 0.3 * self.n_T), c.roll(1), c)
+        c = torch.where((torch.rand(B, device=device) < 1 / 20) & (t > 0.15 * self.n_T), c.roll(1), c)
         v = self.expected_v(x_t, t, 2 * all_x - 1, (c[:, None] == all_c) | ~context_mask[:, None])
         time, some = t / self.n_T, slice((B + 1) // 2)
         x0_hat = torch.zeros_like(x_t)

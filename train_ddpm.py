@@ -39,7 +39,7 @@ from ddpm_model import (
 
 EMA_DECAY = 0.999
 WARMUP_STEPS = 500
-OTHERS = 2000  # images, drawn anew at each step, that its targets are averaged over
+OTHERS = 6000  # images that the targets of the last step are averaged over; of a step before, fewer
 SHEET_DIR = Path("generated_outputs")
 RUN_OPTIONS = ("epochs", "batch_size", "lr", "drop_prob", "n_feat", "n_T", "save_every", "seed", "precision")
 
@@ -264,10 +264,15 @@ class Trainer:
         print(f"saved {self.args.weights} and {sheet}", flush=True)
 
     def step(self, index: Tensor, step: int) -> Tensor:
-        """An update on the images of index, of which this process takes its share. Returns the sum of its losses."""
+        """An update on the images of index, of which this process takes its share. Returns the sum of its losses.
+
+        Its targets are averaged over others, drawn anew: few at first, when any target will do, and more and more as
+        the learning rate falls, when noise in the targets is what is left to be learned away.
+        """
         mine = index.tensor_split(self.world)[self.rank]
         x = self.images[mine][:, None] / 255
-        others = torch.randint(len(self.images), (OTHERS,), device=x.device)
+        progress = step / (self.args.epochs * self.batches)
+        others = torch.randint(len(self.images), (int(OTHERS * progress**2),), device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(x, self.labels[mine], (self.images[others][:, None] / 255, self.labels[others]))
         share = self.world * len(mine) / len(index)  # 1, unless the batch does not divide evenly

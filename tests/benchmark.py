@@ -60,7 +60,8 @@ def main() -> None:
     )
 
     order = torch.randperm(len(images), device=device).tensor_split(STEPS)
-    train = seconds(lambda: [trainer.step(index, 1000) for index in order], device)
+    all_over = range(0, options.epochs * STEPS, options.epochs)  # the training: its later steps cost more
+    train = seconds(lambda: [trainer.step(index, step) for index, step in zip(order, all_over)], device)
     epoch = train / len(images) * N_IMAGES
     precision = "bf16" if trainer.bf16 else "fp32"
     print(f"training, {precision}, batch {options.batch_size}: {epoch:.1f} s an epoch of {N_IMAGES:,}")
