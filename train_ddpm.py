@@ -271,8 +271,8 @@ class Trainer:
         """
         mine = index.tensor_split(self.world)[self.rank]
         x = self.images[mine][:, None] / 255
-        progress = step / (self.args.epochs * self.batches)
-        others = torch.randint(len(self.images), (int(OTHERS * progress**2),), device=x.device)
+        total = self.args.epochs * self.batches
+        others = torch.randint(len(self.images), (int(OTHERS * (step / total) ** 2),), device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(x, self.labels[mine], (self.images[others][:, None] / 255, self.labels[others]))
         share = self.world * len(mine) / len(index)  # 1, unless the batch does not divide evenly
@@ -280,7 +280,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.ddpm.parameters(), 1.0)
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, self.args.epochs * self.batches, self.args.lr)
+                group["lr"] = learning_rate(step, total, self.args.lr)
             optimizer.step()
             optimizer.zero_grad()
         decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short at first, to forget the random start
