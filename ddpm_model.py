@@ -1,82 +1,71 @@
-"""A conditional denoising diffusion model of 28x28 digits: the network, the diffusion process, the weights file.
+"""A conditional denoising diffusion model (DDPM) of handwritten digits.
 
-Read from top to bottom:
-    ddpm_schedules   how much noise there is at each timestep
-    ContextUnet      the network: noisy image, class and timestep in, velocity out
-    DDPM             the diffusion process: noising, training loss, guided sampling
-    save_weights, load_ddpm, and the few helpers that the scripts share
+Read it from top to bottom, beside Ho et al. 2020 (arXiv:2006.11239):
 
-Sources: DDPM, Ho et al. 2020 (arXiv:2006.11239); DDIM, Song et al. 2020 (arXiv:2010.02502); velocity, Salimans & Ho
-2022 (arXiv:2202.00512); classifier-free guidance, Ho & Salimans 2022 (arXiv:2207.12598); DPM-Solver++, Lu et al. 2022
-(arXiv:2211.01095). The names are those of minDiffusion and Conditional_Diffusion_MNIST.
+    ddpm_schedule      sections 2, 4   how much of the image is left at each timestep t
+    ContextUnet        section 4       the network: noisy image, class and timestep in, velocity v out
+    DDPM.forward       algorithm 1     the training loss
+    DDPM.denoise       algorithm 2     sampling
+
+The rest is the weights file and what the scripts share. "+" marks what is not in the DDPM paper, with its source if it
+has one.
 """
 
 import argparse
-import ctypes
+import contextlib
+import errno
 import io
 import itertools
 import math
 import os
 import pickle
+import secrets
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from math import sqrt
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-GUIDE_W = 0.7  # the guidance weight drawn with unless told otherwise; README has the table it was chosen from
-GUIDED = (0.3, 0.6)  # guidance acts while t / n_T is in this interval
-X0_LIMIT = 1.1  # x0 is clipped here, beyond black at -1: clipped at -1, what errors are left would all be too bright
-N_T_RANGE = (21, 10_000)  # timesteps a DDPM can have: below 21, the scaled betas would pass 1
+GUIDE_W = 0.5  # the default guidance weight w; README shows what other values do
+GUIDANCE_INTERVAL = (0.3, 0.6)  # guidance acts while 0.3 < t / n_T <= 0.6
+N_CLASSES = 10
+TIME_DIM = 64
+N_FEAT_RANGE = (1, 1024)
+N_T_RANGE = (21, 10_000)  # with fewer than 21 timesteps, beta would reach 1
 
 
-def ddpm_schedules(beta1: float, beta2: float, T: int) -> dict[str, Tensor]:
-    """The variance schedule of Ho et al. 2020, section 2, indexed by t = 0 .. T; t = 0 is clean data.
+def ddpm_schedule(n_T: int) -> Tensor:
+    """alphabar[t] = (1 - beta_1) ... (1 - beta_t), float32 [n_T + 1]. alphabar[0] = 1 is clean data (section 2).
 
-    beta[t] rises linearly from beta1 at t = 1 to beta2 at t = T (beta[0] = 0), and alphabar[t] = prod (1 - beta[1..t]),
-    so alphabar[0] = 1. Returns {"beta", "alphabar"}, each float32 [T+1], computed in float64.
-    Raises ValueError unless 0 < beta1 <= beta2 < 1 and T >= 1.
+    beta rises linearly from 0.1 / n_T to 20 / n_T. For n_T = 1000 that is the paper's 1e-4 to 0.02 (section 4).
+    + For another n_T it is scaled by 1000 / n_T, so that x_T is nearly pure noise (Song et al. 2020, arXiv:2011.13456).
     """
-    if not (0 < beta1 <= beta2 < 1 and T >= 1):
-        raise ValueError(f"need 0 < beta1 <= beta2 < 1 and T >= 1, not beta1={beta1}, beta2={beta2}, T={T}")
-    beta = torch.cat([torch.zeros(1, dtype=torch.float64), torch.linspace(beta1, beta2, T, dtype=torch.float64)])
-    return {"beta": beta.float(), "alphabar": (1 - beta).cumprod(0).float()}
+    beta = torch.linspace(0.1 / n_T, 20 / n_T, n_T, dtype=torch.float64)
+    alphabar = torch.cumprod(1 - beta, dim=0)
+    return torch.cat([torch.ones(1), alphabar]).float()
 
 
-class TimeEmbedding(nn.Module):
-    """Sinusoids of the timestep (Vaswani et al. 2017, arXiv:1706.03762, section 3.5) through a linear layer.
-
-    t [B] in (0,1] -> [B, dim].
-    """
-
-    def __init__(self, dim: int, n_freqs: int = 32):
-        super().__init__()
-        freqs = 1000 * torch.exp(-math.log(10_000) * torch.arange(n_freqs) / n_freqs)
-        self.register_buffer("freqs", freqs, persistent=False)
-        self.linear = nn.Linear(2 * n_freqs, dim)
-
-    def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None] * self.freqs
-        return self.linear(torch.cat([angles.sin(), angles.cos()], dim=1))
+# ---- The network -----------------------------------------------------------------------------------------------------
 
 
-def with_fine_detail(x: Tensor) -> Tensor:
-    """x [B,C,H,W] -> [B,5C,H,W]: x, and sinusoids of it in which differences of a grey level are large.
-
-    Fourier features (Kingma et al. 2021, arXiv:2107.00630, appendix C): they tell the last specks of noise from black.
-    """
-    angles = torch.cat([8 * math.pi * x, 16 * math.pi * x], dim=1)
-    return torch.cat([x, angles.sin(), angles.cos()], dim=1)
+def time_embedding(time: Tensor, dim: int) -> Tensor:
+    """Sinusoids (section 4; Vaswani et al. 2017, arXiv:1706.03762): time [B] in (0, 1] -> [B, dim]."""
+    k = torch.arange(dim // 2, device=time.device)
+    frequencies = 1000 * 10_000 ** (-2 * k / dim)  # 1000 * time is the paper's timestep
+    angles = time[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block; the embedding scales and shifts its second normalisation (FiLM).
+    """A residual block: x [B, in_channels, H, W], emb [B, emb_dim] -> [B, out_channels, H, W].
 
-    The normalisations have one group: small groups, in channels_last memory, take a CPU longer than a convolution.
+    + FiLM: emb scales and shifts the channels (Perez et al. 2017, arXiv:1709.07871). The DDPM paper only adds it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
@@ -86,36 +75,35 @@ class ResBlock(nn.Module):
         self.film = nn.Linear(emb_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(1, out_channels, affine=False)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        nn.init.zeros_(self.conv2.weight)  # the block starts as the identity
-        nn.init.zeros_(self.conv2.bias)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)  # [B, C, 1, 1] each
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(F.silu(h))
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(F.silu(h))
+        return self.skip(x) + h
 
 
 class ContextUnet(nn.Module):
-    """A U-Net that sees a noisy image, its class and its timestep, and predicts the velocity v.
+    """A U-Net that sees a noisy image, its class (the context) and its timestep, and estimates the velocity v.
 
-    All work happens at 14x14 (n_feat channels) and 7x7 (4 n_feat channels): the 28x28 image enters and leaves by
-    folding each 2x2 patch of pixels into channels. Time and class share one embedding, which modulates every block.
-    Each class also has a map of its own, added at 7x7: what to draw, and where. n_feat is a positive multiple of 8.
+    n_feat: channels at 14x14; there are 4 n_feat at 7x7.
+    + Pixel unshuffle: each 2x2 patch of pixels becomes 4 channels, so all work is at 14x14 and 7x7. It is the inverse
+    of pixel shuffle (Shi et al. 2016, arXiv:1609.05158).
+    + Each class has a learned map of channels, which is added at 7x7: what to draw, and where.
     """
 
-    def __init__(self, in_channels: int = 1, n_feat: int = 32, n_classes: int = 10):
+    def __init__(self, n_feat: int = 32):
         super().__init__()
-        self.n_feat, self.n_classes = n_feat, n_classes
-        wide, emb_dim = 4 * n_feat, 4 * n_feat
-        self.time_emb = TimeEmbedding(emb_dim)
-        self.context_emb = nn.Embedding(n_classes + 1, emb_dim)  # the last row is the null class: no condition
-        self.emb_mlp = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU())
-        self.context_map = nn.Embedding(n_classes + 1, 7 * 7 * wide)
-        nn.init.normal_(self.context_map.weight, std=0.3)
+        self.n_feat = n_feat
+        wide = emb_dim = 4 * n_feat
+        self.time_emb = nn.Linear(TIME_DIM, emb_dim)
+        self.context_emb = nn.Embedding(N_CLASSES + 1, emb_dim)  # + the last row is the null class: no condition
+        self.emb = nn.Linear(emb_dim, emb_dim)
+        self.context_map = nn.Embedding(N_CLASSES + 1, wide * 7 * 7)
 
-        self.stem = nn.Conv2d(4 * 6 * in_channels, n_feat, 3, padding=1)
+        self.stem = nn.Conv2d(4, n_feat, 3, padding=1)
         self.enc = ResBlock(n_feat, n_feat, emb_dim)
         self.down = nn.Conv2d(n_feat, wide, 2, stride=2)
         self.mid1 = ResBlock(wide, wide, emb_dim)
@@ -123,219 +111,191 @@ class ContextUnet(nn.Module):
         self.up = nn.Conv2d(wide, 4 * n_feat, 1)
         self.dec = ResBlock(2 * n_feat, n_feat, emb_dim)
         self.out_norm = nn.GroupNorm(1, n_feat)
-        self.out = nn.Conv2d(n_feat, 4 * in_channels, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = nn.Conv2d(n_feat, 4, 3, padding=1)
 
-    def forward(self, x: Tensor, c: Tensor, t: Tensor, context_mask: Tensor, x0_hat: Tensor | None = None) -> Tensor:
-        """The velocity v = sqrt(alphabar) eps - sqrt(1 - alphabar) x0 (Salimans & Ho 2022, section 4), shaped as x.
+    def forward(self, x: Tensor, c: Tensor, time: Tensor, context_mask: Tensor) -> Tensor:
+        """An estimate of v = sqrt(alphabar) eps - sqrt(1 - alphabar) x_0, shaped as x.
 
-        x [B, in_channels, 28, 28] noisy image; c [B] int64 class in [0, n_classes); t [B] float in (0, 1], which is
-        timestep / n_T; context_mask [B], 1 keeps the condition and 0 drops it; x0_hat, shaped as x, is an earlier
-        estimate of the clean image, if there is one, to improve on (self-conditioning, Chen et al. 2022,
-        arXiv:2208.04202).
+        x [B,1,28,28]: noisy image. c [B] int64: class. time [B] in (0, 1]: t / n_T. context_mask [B]: True (or 1) keeps
+        the class, False (or 0) hides it.
         """
-        c = torch.where(context_mask > 0, c, self.n_classes)
-        emb = self.emb_mlp(self.time_emb(t) + self.context_emb(c))  # [B, emb_dim]
-        x0_hat = torch.zeros_like(x) if x0_hat is None else x0_hat
-        h = self.stem(F.pixel_unshuffle(torch.cat([with_fine_detail(x), x0_hat], dim=1), 2))  # [B, n_feat, 14, 14]
+        c = torch.where(context_mask > 0, c, N_CLASSES)
+        emb = self.time_emb(time_embedding(time, TIME_DIM)) + self.context_emb(c)
+        emb = F.silu(self.emb(F.silu(emb)))  # [B, 4 n_feat]
+
+        h = self.stem(F.pixel_unshuffle(x, 2))  # [B, n_feat, 14, 14]
         skip = self.enc(h, emb)
-        context_map = self.context_map(c).view(len(c), 7, 7, -1).permute(0, 3, 1, 2)
-        h = self.down(skip) + context_map  # [B, 4 n_feat, 7, 7]
-        h = self.mid2(self.mid1(h, emb), emb)
+        h = self.down(skip)  # [B, 4 n_feat, 7, 7]
+        h = h + self.context_map(c).unflatten(1, (-1, 7, 7))
+        h = self.mid1(h, emb)
+        h = self.mid2(h, emb)
         h = F.pixel_shuffle(self.up(h), 2)  # [B, n_feat, 14, 14]
         h = self.dec(torch.cat([h, skip], dim=1), emb)
-        return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), 2)
+        h = self.out(F.silu(self.out_norm(h)))
+        return F.pixel_shuffle(h, 2)  # [B, 1, 28, 28]
+
+
+# ---- The diffusion process -------------------------------------------------------------------------------------------
 
 
 class DDPM(nn.Module):
-    """The diffusion process around a network: q(x_t | x_0), the training loss, and sampling.
+    """The diffusion process around a network: the training loss and the sampler.
 
-    nn_model: a ContextUnet. betas: (beta1, beta2) of ddpm_schedules. n_T: number of timesteps, in N_T_RANGE.
-    drop_prob: probability in [0,1] that training hides an image's class.
-    Images are in [0,1] outside this class and in [-1,1] inside it.
+    nn_model: a ContextUnet. n_T: number of timesteps, in N_T_RANGE. drop_prob: probability in [0, 1] that training
+    hides an image's class. Images are in [0, 1] outside this class and in [-1, 1] inside it.
     """
 
-    def __init__(self, nn_model: nn.Module, betas: tuple[float, float], n_T: int, drop_prob: float = 0.1):
+    def __init__(self, nn_model: nn.Module, n_T: int = 400, drop_prob: float = 0.1):
         super().__init__()
         self.nn_model = nn_model
-        self.betas, self.n_T, self.drop_prob = tuple(betas), n_T, drop_prob
-        for name, tensor in ddpm_schedules(*betas, n_T).items():
-            self.register_buffer(name, tensor, persistent=False)
+        self.n_T = n_T
+        self.drop_prob = drop_prob
+        self.register_buffer("alphabar", ddpm_schedule(n_T), persistent=False)
 
-    @staticmethod
-    def default_betas(n_T: int) -> tuple[float, float]:
-        """Ho et al.'s (1e-4, 0.02) for 1000 steps, scaled so that n_T steps end in as pure a noise: alphabar < 1e-4."""
-        return 0.1 / n_T, 20 / n_T
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """The training loss, a scalar (algorithm 1), for images x [B,1,28,28] in [0, 1] of classes c [B] int64.
 
-    def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t of Ho et al. 2020, eq. 4, for x0, eps [B,1,28,28] and t [B] int64 in 0 .. n_T."""
-        alphabar = self.alphabar[t][:, None, None, None]
-        return alphabar.sqrt() * x0 + (1 - alphabar).sqrt() * eps
-
-    def expected_v(self, x_t: Tensor, t: Tensor, x0: Tensor, candidate: Tensor) -> Tensor:
-        """The velocity that x_t [B,1,28,28] has on average if it was made from one of the images x0 [M,1,28,28].
-
-        t [B] int64 in 1 .. n_T; candidate [B,M] bool: from which of them it can be, each as likely before x_t is seen.
-        Bayes' rule weighs each by q(x_t | x0) (Stable Target Field, Xu et al. 2023, arXiv:2302.00670, section 3). In
-        fp32, also under autocast: bf16 would not tell the candidates apart.
+        + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512). As v - v_hat = (eps - eps_hat) /
+        sqrt(alphabar), this is the paper's loss with the weight 1 / alphabar.
+        + Now and then the class is hidden, so that the network also learns to draw without one (Ho & Salimans 2022,
+        arXiv:2207.12598, algorithm 1).
         """
-        with torch.autocast(x_t.device.type, enabled=False):
-            alphabar, x_t_flat, x0 = self.alphabar[t][:, None], x_t.flatten(1), x0.flatten(1)
-            signal, noise = alphabar.sqrt(), (1 - alphabar).sqrt()
-            log_q = (signal * (x_t_flat @ x0.mT) - alphabar * x0.square().sum(1) / 2) / noise**2  # up to a constant
-            posterior = log_q.masked_fill(~candidate, -math.inf).softmax(1)  # [B, M]
-            return ((signal * x_t_flat - posterior @ x0) / noise).view_as(x_t)
+        B = len(x)
+        x_0 = 2 * x - 1  # section 3.3
+        t = torch.randint(1, self.n_T + 1, (B,), device=x.device)
+        eps = torch.randn_like(x_0)
+        abar = self.alphabar[t][:, None, None, None]
+        x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps  # eq. 4
+        v = abar.sqrt() * eps - (1 - abar).sqrt() * x_0  # +
+        context_mask = torch.rand(B, device=x.device) >= self.drop_prob  # +
+        v_hat = self.nn_model(x_t, c, t / self.n_T, context_mask)
+        return F.mse_loss(v_hat, v)
 
-    def forward(self, x: Tensor, c: Tensor, others: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Training loss, a scalar, for images x [B,1,28,28] in [0,1] of classes c [B] int64.
+    def guided_v(self, x_t: Tensor, c: Tensor, t: int, guide_w: float) -> Tensor:
+        """+ v with classifier-free guidance, (1 + w) v(x_t, c) - w v(x_t), shaped as x_t (Ho & Salimans 2022, eq. 6).
 
-        It is the mean squared error on v; Ho et al. 2020, eq. 14, has it on eps, which weighs noisy timesteps less.
-        A noisy image could have come from many digits, so its target is not the v of the one it was made from but the
-        mean over all that it could have come from as far as the network can tell: those of its class (of any, where the
-        class is hidden) in this batch and in others, which are more images [M,1,28,28] of the data set and their
-        classes [M]. The best network is the same, and the gradient has far less noise.
-        One image in twenty, unless it is nearly clean, is asked for as the class of its neighbour in the batch: the
-        mean over that class tells how to lead a drawing back that begins to look like another digit.
-        One timestep in five is uniform over 1 .. n_T, as in eq. 14; the others are logit-normal (Esser et al. 2024,
-        arXiv:2403.03206, section 3.1) around 0.38 n_T, where the strokes of a digit are decided. Half of the images
-        come with an estimate of x0, as they will when sampling: the network's own, made without gradients.
+        There it is an equation of eps. At a given x_t, v is linear in eps, so it is the same equation in v.
+        + It acts in GUIDANCE_INTERVAL only (Kynkäänniemi et al. 2024, arXiv:2404.07724); elsewhere w = 0.
         """
-        B, device = len(x), x.device
-        uniform, middle = torch.rand(B, device=device), torch.sigmoid(0.8 * torch.randn(B, device=device) - 0.5)
-        t = (torch.where(torch.rand(B, device=device) < 0.2, uniform, middle) * self.n_T).long() + 1
-        x_t = self.add_noise(2 * x - 1, t, torch.randn_like(x))
-        context_mask = torch.rand(B, device=device) >= self.drop_prob
-        all_x, all_c = (x, c) if others is None else (torch.cat([x, others[0]]), torch.cat([c, others[1]]))
-        c = torch.where((torch.rand(B, device=device) < 1 / 20) & (t > 0.15 * self.n_T), c.roll(1), c)
-        v = self.expected_v(x_t, t, 2 * all_x - 1, (c[:, None] == all_c) | ~context_mask[:, None])
-        time, some = t / self.n_T, slice((B + 1) // 2)
-        x0_hat = torch.zeros_like(x_t)
-        with torch.no_grad():
-            v_hat = self.nn_model(x_t[some], c[some], time[some], context_mask[some]).float()
-            x0_hat[some] = predict_x0(x_t[some], v_hat, self.alphabar[t[some]][:, None, None, None])
-        return F.mse_loss(self.nn_model(x_t, c, time, context_mask, x0_hat).float(), v)
+        time = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
+        keep = torch.ones_like(time, dtype=torch.bool)
+        v = self.nn_model(x_t, c, time, keep)
+        low, high = GUIDANCE_INTERVAL
+        if guide_w > 0 and low < t / self.n_T <= high:
+            v_null = self.nn_model(x_t, c, time, ~keep)
+            v = (1 + guide_w) * v - guide_w * v_null
+        return v
 
-    def guided_v(self, x_t: Tensor, c: Tensor, t: int, guide_w: float, x0_hat: Tensor | None = None) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022, eq. 6), v = (1+w) v_cond - w v_null; w = 0 skips the null half.
-
-        The paper's line is in eps; at a given x_t, v is linear in eps, so it is the same line in v. A CPU that has bf16
-        multiplies in it: a quarter less time, and the same digits to the eye.
-        """
-        keep = torch.ones(len(x_t), device=x_t.device)
-        time = keep * (t / self.n_T)
-        x0_hat = torch.zeros_like(x_t) if x0_hat is None else x0_hat
-        with torch.autocast("cpu", torch.bfloat16, enabled=hardware_has_bf16(torch.device("cpu"))):
-            if guide_w == 0:
-                return self.nn_model(x_t, c, time, keep, x0_hat).float()
-            x_t, x0_hat, c, time = (torch.cat([a, a]) for a in (x_t, x0_hat, c, time))
-            v_cond, v_null = self.nn_model(x_t, c, time, torch.cat([keep, 0 * keep]), x0_hat).float().chunk(2)
-        return (1 + guide_w) * v_cond - guide_w * v_null
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def denoise(
-        self, c: Tensor, guide_w: float = GUIDE_W, steps: int | None = None, generator: torch.Generator | None = None
+        self,
+        c: Tensor,
+        guide_w: float = GUIDE_W,
+        steps: int | None = None,
+        eta: float = 1.0,
+        generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Yields steps + 1 image batches [N,1,28,28] in [0,1]: pure noise x_T first, the finished digits x_0 last.
+        """Sampling (algorithm 2). Yields steps + 1 batches of images [N,1,28,28] in [0, 1], from noise to digits.
 
-        c [N] int64 labels; guide_w >= 0; generator: on the CPU, so that a seed means the same digits on every device.
-        All n_T steps (the default) are DDPM's ancestral sampling (Ho et al. 2020, algorithm 2). Fewer start at n_T, are
-        spaced as squares (Song et al. 2020, appendix D.2) and add no fresh noise: DDIM (eq. 12 with sigma = 0). One
-        line makes both second order: SDE-DPM-Solver++ 2M and DPM-Solver++ 2M (Lu et al. 2022, algorithm 2).
-        Guidance acts in the interval GUIDED alone (Kynkäänniemi et al. 2024, arXiv:2404.07724): noisier images lose
-        variety by it and cleaner ones gain nothing, so that work is saved. Each step after the first hands the network
-        the x0 of the step before (self-conditioning).
-        Raises ValueError unless 1 <= steps <= n_T.
+        c [N] int64: classes, on the model's device. guide_w: guidance weight, >= 0.
+        steps: 1 .. n_T, by default n_T. + Fewer skip timesteps (DDIM, Song et al. 2020, arXiv:2010.02502).
+        eta: 1 is DDPM, + 0 is DDIM, which adds no noise on the way; numbers between them mix both (eq. 16 there).
+        generator: of the CPU, so that a seed means the same noise on every device.
+        Raises ValueError if steps, eta or c is out of range.
         """
         steps = self.n_T if steps is None else steps
-        if not 1 <= steps <= self.n_T:
-            raise ValueError(f"steps must be in 1 .. {self.n_T}, not {steps}")
-        ancestral = steps == self.n_T
-        times = [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]  # n_T > ... > 0
-        alphabar, device = self.alphabar.tolist(), self.alphabar.device
-        log_snr = [math.log(a / (1 - a)) / 2 if a < 1 else math.inf for a in alphabar]  # lambda of DPM-Solver
+        self.check_arguments(c, steps, eta)
+        # n_T, ..., 1, 0. + With few steps, those near x_0 are shorter: t = n_T (i / steps)^2 (DDIM, appendix D).
+        times = [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
+        alphabar = self.alphabar.tolist()
+        shape = (len(c), 1, 28, 28)
 
-        def noise() -> Tensor:
-            pinned = device.type == "cuda"  # so that the host does not wait for the copy
-            return torch.randn(len(c), 1, 28, 28, generator=generator, pin_memory=pinned).to(device, non_blocking=True)
-
-        x = noise()
+        x = torch.randn(shape, generator=generator).to(c.device)
         yield to_image(x)
-        x0_before = h_before = None
-        for t, s in itertools.pairwise(times):  # from timestep t to the cleaner timestep s
-            a_t, a_s = alphabar[t], alphabar[s]
-            v = self.guided_v(x, c, t, guide_w if GUIDED[0] < t / self.n_T <= GUIDED[1] else 0, x0_before)
-            x0 = predict_x0(x, v, a_t)
-            h, target = log_snr[s] - log_snr[t], x0
-            if x0_before is not None and s > 0:  # second order: extrapolate x0 half a step on
-                target = (x0 + (x0 - x0_before) * h / (2 * h_before)).clamp(-X0_LIMIT, X0_LIMIT)
-            x0_before, h_before = x0, h
-            eps = (x - a_t**0.5 * target) / (1 - a_t) ** 0.5  # the noise that goes with the clipped x0
-            var = (1 - a_s) / (1 - a_t) * (1 - a_t / a_s) if ancestral else 0.0  # Ho et al. 2020, eq. 7; 0 at s = 0
-            x = a_s**0.5 * target + max(1 - a_s - var, 0) ** 0.5 * eps  # Song et al. 2020, eq. 12
-            if var > 0:
-                x = x + var**0.5 * noise()
+        for t, s in itertools.pairwise(times):
+            # From timestep t to the less noisy timestep s. With all steps s = t - 1, and abar_t / abar_s is alpha_t.
+            abar_t = alphabar[t]
+            abar_s = alphabar[s]
+            v = self.guided_v(x, c, t, guide_w)
+            # The paper goes from eps straight to x_s. Here x_0 is estimated on the way, so that it can be clipped.
+            x_0 = sqrt(abar_t) * x - sqrt(1 - abar_t) * v
+            x_0 = x_0.clamp(-1, 1)  # +
+            eps = (x - sqrt(abar_t) * x_0) / sqrt(1 - abar_t)  # eq. 4, solved for eps
+            # With eta = 1, x_s is drawn from q(x_s | x_t, x_0), eq. 6 and 7. Then sigma^2 is beta-tilde_t; 0 at s = 0.
+            sigma = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
+            z = torch.randn(shape, generator=generator).to(c.device)
+            x = sqrt(abar_s) * x_0 + sqrt(1 - abar_s - sigma**2) * eps + sigma * z
             yield to_image(x)
 
-    def sample(
-        self, c: Tensor, guide_w: float = GUIDE_W, steps: int | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """The finished digits of `denoise`, [N,1,28,28] in [0,1]."""
-        for x in self.denoise(c, guide_w, steps, generator):
+    def sample(self, c: Tensor, *args, **kwargs) -> Tensor:
+        """The digits that `denoise` ends with, [N,1,28,28] in [0, 1]. Takes the arguments of `denoise`."""
+        for x in self.denoise(c, *args, **kwargs):
             pass
         return x
 
-
-def predict_x0(x_t: Tensor, v: Tensor, alphabar: Tensor | float) -> Tensor:
-    """The clean image that x_t and its velocity v imply (Salimans & Ho 2022, appendix D), clipped to +-X0_LIMIT."""
-    return (alphabar**0.5 * x_t - (1 - alphabar) ** 0.5 * v).clamp(-X0_LIMIT, X0_LIMIT)
+    def check_arguments(self, c: Tensor, steps: int, eta: float) -> None:
+        """Raises ValueError unless they are arguments for `denoise`."""
+        device = self.alphabar.device
+        if c.dtype != torch.int64 or c.device != device:
+            raise ValueError(f"classes must be int64 on {device}, not {c.dtype} on {c.device}")
+        if not all(0 <= label < N_CLASSES for label in c.tolist()):
+            raise ValueError(f"classes must be in 0 .. {N_CLASSES - 1}")
+        if not 1 <= steps <= self.n_T:
+            raise ValueError(f"steps must be in 1 .. {self.n_T}, not {steps}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], not {eta}")
 
 
 def to_image(x: Tensor) -> Tensor:
-    """From the model's [-1,1] to images in [0,1]; noise that lies outside is cut off."""
-    return ((x + 1) / 2).clamp(0, 1)
+    """From [-1, 1] to images in [0, 1], clipped. + What is within 2 % of black or white becomes black or white."""
+    x = (x + 1) / 2
+    x = torch.where(x < 0.02, 0, x)
+    return torch.where(x > 0.98, 1, x)
 
 
-# ---- The weights file --------------------------------------------------------------------------------------------
+# ---- The weights file ------------------------------------------------------------------------------------------------
 
 
 class WeightsError(Exception):
-    """A weights file that cannot be used; the message is one line that names it and says what to do."""
+    """A weights file that cannot be used. The message is one line: the file, the cause, what to do."""
 
 
 def save_weights(path: str | Path, ddpm: DDPM) -> None:
     """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}, atomically. Raises OSError."""
-    net = ddpm.nn_model
-    config = {
-        "n_feat": net.n_feat, "n_classes": net.n_classes,
-        "betas": ddpm.betas, "n_T": ddpm.n_T, "drop_prob": ddpm.drop_prob,
-    }  # fmt: skip
-    model = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
+    config = {"n_feat": ddpm.nn_model.n_feat, "n_T": ddpm.n_T, "drop_prob": float(ddpm.drop_prob)}
+    model = {name: tensor.cpu().contiguous() for name, tensor in ddpm.nn_model.state_dict().items()}
     write_state(path, {"config": config, "model": model})
 
 
 def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
-    """The DDPM that save_weights wrote, in evaluation mode on device. Raises WeightsError, whatever the file holds."""
-    state = read_state(path)
-    try:
-        state = dict(state)  # a file of torch.save can hold anything
-        config, model = state["config"], state["model"]
-        n_feat, n_classes = config["n_feat"], config["n_classes"]
-        if not N_T_RANGE[0] <= config["n_T"] <= N_T_RANGE[1]:
-            raise ValueError(config["n_T"])
-        claimed = (4 * n_feat, 4 * n_feat, 3, 3), (n_classes + 1, 4 * n_feat)
-        if (model["mid1.conv1.weight"].shape, model["context_emb.weight"].shape) != claimed:
-            raise ValueError(claimed)  # a network of a size that the file only claims takes no memory
-        if not all(tensor.isfinite().all() for tensor in model.values()):
-            raise ValueError("not finite")
-        net = ContextUnet(n_feat=n_feat, n_classes=n_classes)
-        net.load_state_dict(model)
-        ddpm = DDPM(net, config["betas"], config["n_T"], config["drop_prob"])
-    except Exception:  # keys, types and sizes can each be wrong in many ways, and all mean the same to the user
-        raise WeightsError(
-            f"{path} does not hold a network of this architecture; train one: python train_ddpm.py"
-        ) from None
-    return ddpm.to(device).eval()
+    """The DDPM that save_weights wrote, in evaluation mode on device. Raises WeightsError if it holds anything else."""
+    error = WeightsError(f"{path} does not hold a network of this architecture; train one: python train_ddpm.py")
+    match read_state(path):
+        case {"config": {"n_feat": int(n_feat), "n_T": int(n_T), "drop_prob": float(drop_prob)}, "model": dict(model)}:
+            pass
+        case _:
+            raise error
+    if not (N_FEAT_RANGE[0] <= n_feat <= N_FEAT_RANGE[1] and N_T_RANGE[0] <= n_T <= N_T_RANGE[1]):
+        raise error
+    with torch.device("meta"):  # takes no memory, whatever size the file claims
+        net = ContextUnet(n_feat)
+    expected = net.state_dict()
+    if model.keys() != expected.keys() or not all(is_weight(model[name], expected[name].shape) for name in expected):
+        raise error
+    net.load_state_dict(model, assign=True)
+    return DDPM(net, n_T, drop_prob).to(device, memory_format=torch.channels_last).eval()
+
+
+def is_weight(tensor: object, shape: torch.Size) -> bool:
+    """Whether tensor is a dense float32 one of that shape, of finite numbers, on the CPU."""
+    ordinary = (torch.float32, torch.strided, torch.device("cpu"))
+    return (
+        isinstance(tensor, Tensor)
+        and not tensor.is_nested
+        and tensor.shape == shape
+        and (tensor.dtype, tensor.layout, tensor.device) == ordinary
+        and bool(tensor.isfinite().all())
+    )
 
 
 def write_state(path: str | Path, state: dict) -> None:
@@ -345,113 +305,128 @@ def write_state(path: str | Path, state: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def read_state(path: str | Path) -> dict:
+def read_state(path: str | Path) -> object:
     """What write_state wrote, on the CPU. Runs no code from the file. Raises WeightsError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-            folder = any(entry.external_attr & 0x10 for entry in archive.infolist())  # torch.load would not read these
-        if damaged is None and not folder:
+            # torch.load does not look at checksums, and skips records marked as folders.
+            damaged = archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist())
+        if not damaged:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist; make it with: python train_ddpm.py") from None
+    except OSError as error:
+        raise WeightsError(f"cannot read {path} ({error.strerror})") from None
     except pickle.UnpicklingError:
         raise WeightsError(f"{path} holds more than weights and could run code, so it was not loaded") from None
-    except Exception as error:  # whatever a damaged archive makes zipfile, zlib or torch raise
+    except Exception as error:  # a damaged archive makes zipfile, zlib and torch raise errors of many types
         raise WeightsError(f"{path} is not a readable weights file ({type(error).__name__}); get it again") from None
     raise WeightsError(f"{path} is damaged; get it again")
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes a file that at any moment, even if the process is killed, is the old one or the new. Raises OSError."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # ---- What the scripts share ------------------------------------------------------------------------------------------
 
 
-def image_grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
-    """Images [N,1,28,28] in [0,1] -> uint8 [height, width], the geometry of torchvision's make_grid(padding=2).
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes a file that at any moment, even if the process is killed, is the old one or the new one.
 
-    Each pixel becomes scale x scale. A last row that is short is filled with black.
+    A symbolic link stays a link: its target is written. Raises OSError with path as its filename, also where path is a
+    folder or a device.
     """
-    tiles = (images[:, 0] * 255).round().to(torch.uint8).cpu()
-    columns = min(columns, len(tiles))
-    tiles = torch.cat([tiles, tiles.new_zeros(-len(tiles) % columns, *tiles.shape[1:])])
-    tiles = F.pad(tiles, (0, 2, 0, 2)).unflatten(0, (-1, columns))  # [rows, columns, 30, 30]
-    grid = F.pad(tiles.transpose(1, 2).flatten(2).flatten(0, 1), (2, 0, 2, 0))
-    return grid.numpy().repeat(scale, axis=0).repeat(scale, axis=1)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        if target.exists() and not target.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # there is none if all went well
+            temporary.unlink()
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """uint8 [height, width] -> a grey PNG, atomically. Raises OSError."""
-    from PIL import Image  # not needed to train or to film
-
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
 
 
-def hardware_has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16, rather than emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
-    return device.type == "cpu" and bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+def image_grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
+    """Images [N,1,28,28] in [0, 1] -> uint8 [height, width], row by row, with 2 black pixels around each.
 
-
-def keep_freed_memory() -> None:
-    """Has glibc keep the memory of freed tensors, rather than hand it back to the kernel, which clears each page anew.
-
-    On a CPU that is thousands of page faults a step. Does nothing where the C library is another one.
+    Each pixel becomes scale x scale. This is the geometry of torchvision's make_grid(padding=2).
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    tiles = (images[:, 0] * 255).round().to(torch.uint8).cpu().numpy()
+    columns = min(columns, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    grid = np.zeros((30 * rows + 2, 30 * columns + 2), np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = 30 * (i // columns) + 2, 30 * (i % columns) + 2
+        grid[top : top + 28, left : left + 28] = tile
+    return grid.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def say(text: str) -> None:
+    """Prints a line. Escapes what stdout cannot encode, and ignores that nobody reads it any more."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:  # a broken pipe, a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_progress(text: str) -> None:
-    """Replaces the line that a person watches; nothing where stderr is no terminal. An empty text clears it."""
-    if sys.stderr.isatty():
+    """Replaces the line that a person watches. Does nothing where stderr is no terminal. An empty text clears it."""
+    if sys.stderr and sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: an int or a float in [low, high]; anything else is an error that states the range."""
-    allowed = f"{'a whole number' if kind is int else 'a number'} " + (
-        f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-    )
+def file_path(text: str) -> Path:
+    """An argparse type: a path, with ~ expanded."""
+    return Path(os.path.expanduser(text))
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: an int or a float in [low, high]. Anything else is an error that states the range."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or value == math.inf:  # also true for NaN
-            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}")
+        if not low <= value <= high:  # true for NaN too
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
         return value
 
     return parse
 
 
 def pick_device(name: str) -> torch.device:
-    """An argparse type: a device that works here; "auto" is the GPU (or the like) if there is one, else the CPU."""
+    """An argparse type: a device that works here. "auto" is the GPU if there is one, else the CPU."""
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError):
         raise argparse.ArgumentTypeError(
             f"must be auto, or a device of this machine such as cpu, not {name!r}"
         ) from None
+    return torch.device(name)
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """+ Where the hardware computes in bfloat16, multiplications use it (Kalamkar et al. 2019, arXiv:1905.12322)."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+        native = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16) if native else contextlib.nullcontext()

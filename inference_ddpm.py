@@ -1,141 +1,170 @@
 """Draws digits with a trained conditional DDPM.
 
 python inference_ddpm.py --digit 5 --count 9             # generated_outputs/digit_5_grid.png
-python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9     # all ten grids, the model loaded once
-python inference_ddpm.py --video                         # generated_outputs/denoising_process_0to9.mp4
+python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9     # all ten grids
+python inference_ddpm.py --video                         # generated_outputs/denoising_process_0to9.mp4 and .gif
 """
 
 import argparse
+import io
 import math
 import os
 import secrets
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ddpm_model import (
     DDPM,
     GUIDE_W,
     WeightsError,
+    autocast,
+    file_path,
     image_grid,
-    keep_freed_memory,
     load_ddpm,
     number,
     pick_device,
     save_png,
+    say,
     show_progress,
+    write_atomically,
 )
 
+WEIGHTS = Path("weights/ddpm_mnist.pth")
 BATCH_SIZE = 500  # digits drawn at a time, which bounds the memory
-FPS = 30
-DENOISING_FRAMES, HELD_FRAMES = 120, 60  # 4 seconds from noise to digits, then 2 seconds of the digits
+MAX_WIDTH = 16_384  # pixels of a picture
+N_FRAMES, FPS = 120, 30  # from noise to digits, which the video then holds for two seconds
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Draw digits, or film how they emerge from noise.",
+        description="Draw digits, or a video of how they emerge from noise.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--digit", type=number(int, 0, 9), nargs="+", default=[5], help="which digits to draw")
-    parser.add_argument(
-        "--count", type=number(int, 1), default=9, help="how many of each; square numbers fill the grid"
-    )
-    parser.add_argument("--video", action="store_true", help="film digits 0 to 9 instead")
-    parser.add_argument("--guide-w", type=number(float, 0, 100), default=GUIDE_W, help="guidance: 0 is none")
-    parser.add_argument("--steps", type=number(int, 1), help="fewer is faster; None is all")
-    parser.add_argument("--seed", type=number(int, 0, 2**60), help="same seed, same digits; None is new ones")
-    parser.add_argument("--scale", type=number(int, 1, 64), default=4, help="side of an image pixel in the output")
-    parser.add_argument("--weights", default="weights/ddpm_mnist.pth")
-    parser.add_argument("--outdir", type=Path, default="generated_outputs")
-    parser.add_argument("--device", type=pick_device, default="auto")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--digit", type=number(int, 0, 9), nargs="+", default=[5], help="which digits to draw")
+    add("--count", type=number(int, 1, 10**6), default=9, help="how many of each; square numbers fill the grid")
+    add("--video", action="store_true", help="make a video of digits 0 to 9 instead")
+    add("--guide-w", type=number(float, 0, 100), default=GUIDE_W, help="guidance: 0 is none")
+    add("--steps", type=number(int, 1, 10**6), help="fewer is faster; by default all of the weights' timesteps")
+    add("--eta", type=number(float, 0, 1), default=1.0, help="1 is DDPM, 0 is DDIM")
+    add("--seed", type=number(int, 0, 2**60), help="same seed, same digits; by default new ones")
+    add("--scale", type=number(int, 1, 64), default=4, help="side of an image pixel in the output")
+    add("--weights", type=file_path, default=WEIGHTS if WEIGHTS.exists() else Path(__file__).parent / WEIGHTS)
+    add("--outdir", type=file_path, default="generated_outputs")
+    add("--device", type=pick_device, default="auto")
+    args = parser.parse_args()
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**32)
+    args.columns = math.ceil(math.sqrt(args.count))
+    width = (30 * args.columns + 2) * args.scale
+    if width > MAX_WIDTH:
+        parser.error(f"--count and --scale make a picture {width} pixels wide; at most {MAX_WIDTH} are allowed")
+    return args
 
 
-def progress(frames: Iterable[Tensor], total: int, what: str) -> Iterator[Tensor]:
-    """Passes frames on, and keeps a line on the terminal about how many there were and the time left."""
+def denoise(ddpm: DDPM, c: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
+    """ddpm.denoise with the options in args, and a line on the terminal about the time left."""
     start = time.perf_counter()
-    for done, frame in enumerate(frames):
-        seconds = (time.perf_counter() - start) / max(done, 1) * (total - done)
-        show_progress(f"{what}: step {done}/{total}" + (f", {seconds:.0f} s left" if done else ""))
-        yield frame
+    with autocast(c.device):
+        for step, x in enumerate(ddpm.denoise(c, args.guide_w, args.steps, args.eta)):
+            left = (time.perf_counter() - start) * (args.steps - step) / max(step, 1)
+            show_progress(f"digits {c.unique().tolist()}: step {step}/{args.steps}, {left:.0f} s left")
+            yield x
     show_progress("")
 
 
-def draw_digits(ddpm: DDPM, digit: int, args: argparse.Namespace, seed: int) -> Tensor:
-    """args.count images of a digit, [count,1,28,28] in [0,1], the same whichever other digits are drawn."""
-    generator = torch.Generator().manual_seed(10 * seed + digit)
-    labels = torch.full((args.count,), digit, device=ddpm.alphabar.device)
-    drawn = []
-    for c in labels.split(BATCH_SIZE):
-        what = f"digit {digit}, {sum(map(len, drawn))} of {args.count} drawn"
-        for x in progress(ddpm.denoise(c, args.guide_w, args.steps, generator), args.steps, what):
-            pass
-        drawn.append(x.cpu())
-    return torch.cat(drawn)
+def draw_grids(ddpm: DDPM, args: argparse.Namespace) -> None:
+    """Draws args.count of each digit, one picture a digit. They are the same whichever other digits are drawn."""
+    for digit in args.digit:
+        torch.manual_seed(10 * args.seed + digit)
+        c = torch.full((args.count,), digit, device=ddpm.alphabar.device)
+        drawn = []
+        for batch in c.split(BATCH_SIZE):
+            for x in denoise(ddpm, batch, args):
+                pass
+            drawn.append(x.cpu())
+        path = args.outdir / f"digit_{digit}_grid.png"
+        save_png(path, image_grid(torch.cat(drawn), args.columns, args.scale))
+        say(f"saved {path}")
 
 
-def film(ddpm: DDPM, args: argparse.Namespace, seed: int) -> list[np.ndarray]:
-    """Frames uint8 [height, width] of digits 0 to 9 in 2 x 5: from pure noise to finished digits, which are held."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(10, device=ddpm.alphabar.device)
-    states = list(progress(ddpm.denoise(labels, args.guide_w, args.steps, generator), args.steps, "digits 0 to 9"))
-    shown = np.linspace(0, len(states) - 1, DENOISING_FRAMES).round().astype(int)  # skips steps, or repeats them
-    frames = [image_grid(states[i], columns=5, scale=args.scale) for i in shown]
-    return frames + frames[-1:] * HELD_FRAMES
+def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
+    """Draws digits 0 to 9, and makes a video of N_FRAMES of the steps. More are of the end than of the start."""
+    torch.manual_seed(args.seed)
+    states = list(denoise(ddpm, torch.arange(10, device=ddpm.alphabar.device), args))
+    time = torch.linspace(0, 1, N_FRAMES)
+    shown = args.steps * (1 - (1 - time) ** 3)
+    frames = [states[step] for step in shown.round().int()]
+    path = args.outdir / "denoising_process_0to9.mp4"
+    write_atomically(path, encode_mp4(frames, args.scale))
+    write_atomically(path.with_suffix(".gif"), encode_gif(frames, min(args.scale, 3)))
+    say(f"saved {path} and .gif")
 
 
-def write_video(path: Path, frames: list[np.ndarray]) -> None:
-    """An MP4 that browsers play: VP9, else H.264; failing both, MPEG-4 with a warning. Atomic. Raises OSError."""
-    os.environ["OPENCV_LOG_LEVEL"], os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "SILENT", "-8"
-    import cv2  # takes long to load, and only a film needs it
+def encode_mp4(frames: list[Tensor], scale: int) -> bytes:
+    """An MP4 of frames [10,1,28,28]: VP9, else H.264, else MPEG-4 with a warning. Exits with one line if that fails."""
+    import cv2
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name("." + path.name)  # the suffix chooses the container
-    height, width = frames[0].shape
-    try:
+    pictures = [image_grid(frame, columns=5, scale=scale) for frame in frames]
+    pictures += pictures[-1:] * 2 * FPS
+    with tempfile.TemporaryDirectory() as folder:  # OpenCV does not take every path, and does not report errors
+        path = os.path.join(folder, "video.mp4")
         for codec in ("vp09", "avc1", "mp4v"):
-            writer = cv2.VideoWriter(str(beside), cv2.VideoWriter_fourcc(*codec), FPS, (width, height))
-            if writer.isOpened():
+            video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*codec), FPS, pictures[0].shape[::-1])
+            if video.isOpened():
                 break
         else:
-            raise OSError(f"OpenCV has no codec that can write {path}")
+            sys.exit("error: OpenCV has no codec for an MP4 video; try: pip install --upgrade opencv-python")
         if codec == "mp4v":
-            print("warning: no VP9 or H.264 here; browsers will not play this MPEG-4 video", file=sys.stderr)
-        for frame in frames:
-            writer.write(cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR))
-        writer.release()
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+            say("warning: OpenCV has neither VP9 nor H.264; browsers will not play this MPEG-4 video")
+        for picture in pictures:
+            video.write(cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR))
+        video.release()
+
+        video = cv2.VideoCapture(path)
+        n_written = sum(1 for _ in iter(video.grab, False))
+        video.release()
+        if n_written < len(pictures):
+            sys.exit(f"error: cannot write {path} (only {n_written} of {len(pictures)} frames fit)")
+        return Path(path).read_bytes()
+
+
+def encode_gif(frames: list[Tensor], scale: int) -> bytes:
+    """A GIF of every other frame, in 16 grey levels, that plays again and again."""
+    pictures = [Image.fromarray(image_grid(frame, columns=5, scale=scale) // 17 * 17) for frame in frames[1::2]]
+    durations = [2000 // FPS] * (len(pictures) - 1) + [2000]  # ms
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return buffer.getvalue()
 
 
 def main() -> None:
     args = parse_args()
-    keep_freed_memory()
+    if args.video:
+        os.environ["OPENCV_LOG_LEVEL"] = "SILENT"
+        os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
+        try:
+            import cv2  # noqa: F401
+        except ImportError as error:
+            sys.exit(f"error: cannot import OpenCV ({error}); install the system's libgl1, or opencv-python-headless")
     try:
         ddpm = load_ddpm(args.weights, args.device)
         args.steps = args.steps or ddpm.n_T
         if args.steps > ddpm.n_T:
             sys.exit(f"error: --steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}, not {args.steps}")
-        seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-        if args.video:
-            path = args.outdir / "denoising_process_0to9.mp4"
-            write_video(path, film(ddpm, args, seed))
-            print(f"saved {path}")
-        for digit in [] if args.video else args.digit:
-            path = args.outdir / f"digit_{digit}_grid.png"
-            images = draw_digits(ddpm, digit, args, seed)
-            save_png(path, image_grid(images, columns=math.ceil(math.sqrt(args.count)), scale=args.scale))
-            print(f"saved {path}")
+        draw = draw_video if args.video else draw_grids
+        draw(ddpm, args)
     except WeightsError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: cannot write {args.outdir} ({error.strerror or error}); choose another --outdir")
+        sys.exit(f"error: cannot write {error.filename} ({error.strerror})")
     except KeyboardInterrupt:
         show_progress("")
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Stitches the ten grids of inference_ddpm.py into one sheet of 2 rows x 5 columns: 0 to 4 above 5 to 9.
+"""Stitches ten digit grids into one sheet of 2 rows x 5 columns: 0 to 4 above 5 to 9.
 
 python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9
 python stitch_images.py                                  # combined_2x5_grid.png
@@ -10,63 +10,49 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-ROWS, COLUMNS = 2, 5
+from ddpm_model import file_path, save_png, say
 
 
-def read_grid(path: Path) -> Image.Image:
-    """The picture at path; exits with one line if it cannot be read."""
+def read_grid(path: Path) -> np.ndarray:
+    """The picture at path, uint8 [height, width]. Exits with one line if it cannot be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("L")
-    except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error and more on damaged files
+            return np.array(image.convert("L"))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more on damaged files
         sys.exit(f"error: {path} is not a readable picture ({type(error).__name__}); draw it again")
-
-
-def read_grids(folder: Path) -> list[Image.Image]:
-    """digit_0_grid.png to digit_9_grid.png of folder; exits with one line if some are missing or differ in size."""
-    paths = [folder / f"digit_{digit}_grid.png" for digit in range(ROWS * COLUMNS)]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        sys.exit(
-            f"error: missing {', '.join(missing)}; draw them with: python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9"
-        )
-    grids = [read_grid(path) for path in paths]
-    width, height = most = Counter(grid.size for grid in grids).most_common(1)[0][0]
-    odd = [f"{path} is {grid.width}x{grid.height}" for path, grid in zip(paths, grids) if grid.size != most]
-    if odd:
-        sys.exit(f"error: {', '.join(odd)}, the others {width}x{height}; draw all with the same --count and --scale")
-    return grids
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Stitch ten digit grids into one sheet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--indir", type=Path, default="generated_outputs", help="has digit_0_grid.png to digit_9_grid.png"
-    )
-    parser.add_argument("--output", type=Path, default="combined_2x5_grid.png")
+    add = parser.add_argument
+    add("--indir", type=file_path, default="generated_outputs", help="has digit_0_grid.png to digit_9_grid.png")
+    add("--output", type=file_path, default="combined_2x5_grid.png")
     args = parser.parse_args()
-
     Image.MAX_IMAGE_PIXELS = None  # the grids are the user's own, however large
-    grids = read_grids(args.indir)
-    width, height = grids[0].size
-    sheet = Image.new("L", (COLUMNS * width, ROWS * height))
-    for digit, grid in enumerate(grids):
-        sheet.paste(grid, (digit % COLUMNS * width, digit // COLUMNS * height))
-    beside = args.output.with_name(args.output.name + ".tmp")
+
+    paths = [args.indir / f"digit_{digit}_grid.png" for digit in range(10)]
+    missing = ", ".join(str(path) for path in paths if not os.path.exists(path))
+    if missing:
+        sys.exit(f"error: missing {missing}; draw them with: python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9")
+    grids = [read_grid(path) for path in paths]
+    most = Counter(grid.shape for grid in grids).most_common(1)[0][0]
+    odd = ", ".join(
+        f"{path} is {grid.shape[1]}x{grid.shape[0]}" for path, grid in zip(paths, grids) if grid.shape != most
+    )
+    if odd:
+        sys.exit(f"error: {odd}, the others {most[1]}x{most[0]}; draw all with the same --count and --scale")
+
+    sheet = np.vstack([np.hstack(grids[:5]), np.hstack(grids[5:])])
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(beside, format="PNG")
-        os.replace(beside, args.output)
+        save_png(args.output, sheet)
     except OSError as error:
-        sys.exit(f"error: cannot write {args.output} ({error.strerror}); choose another --output")
-    finally:
-        if beside.is_file():
-            beside.unlink()
-    print(f"saved {args.output}")
+        sys.exit(f"error: cannot write {error.filename} ({error.strerror}); choose another --output")
+    say(f"saved {args.output}")
 
 
 if __name__ == "__main__":
