@@ -334,7 +334,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     folder or a device.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         if target.exists() and not target.is_file():
             raise OSError(errno.EINVAL, "not a regular file")

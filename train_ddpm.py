@@ -115,6 +115,8 @@ def join_processes(device: torch.device) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device) of this process: alone, unless torchrun started several."""
     if not dist.is_torchelastic_launched():
         return 0, 1, device
+    import torch.distributed.nn  # before the group exists: imported later by torch, it would keep the group alive
+
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -16,10 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_ddpm
-from ddpm_model import DDPM, keep_freed_memory, pick_device
+from ddpm_model import DDPM, ContextUnet, autocast, pick_device
 
 N_IMAGES = 60_000  # of an epoch
-STEPS = 20  # training steps timed at once
 
 
 def seconds(work: Callable[[], object], device: torch.device, runs: int = 5) -> float:
@@ -28,8 +27,8 @@ def seconds(work: Callable[[], object], device: torch.device, runs: int = 5) -> 
     for _ in range(runs + 1):
         start = time.perf_counter()
         work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
@@ -46,31 +45,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what training and drawing cost on this machine.")
     parser.add_argument("--device", type=pick_device, default="auto")
     device = parser.parse_args().device
-
     options = train_ddpm.make_parser().parse_args([])
-    images = torch.randint(0, 256, (options.batch_size * STEPS, 28, 28), dtype=torch.uint8)
-    keep_freed_memory()
-    trainer = train_ddpm.Trainer(options, images, torch.arange(len(images)) % 10, rank=0, world=1, device=device)
-    ddpm = trainer.ema
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{device.type}, {name}, torch {torch.__version__}")
-    n_parameters = sum(parameter.numel() for parameter in ddpm.parameters())
-    print(
-        f"network: {n_parameters / 1e6:.2f} M parameters, {gflop_per_image_and_step(ddpm):.4f} GFLOP an image and step"
-    )
 
-    order = torch.randperm(len(images), device=device).tensor_split(STEPS)
-    all_over = range(0, options.epochs * STEPS, options.epochs)  # the training: its later steps cost more
-    train = seconds(lambda: [trainer.step(index, step) for index, step in zip(order, all_over)], device)
-    epoch = train / len(images) * N_IMAGES
-    precision = "bf16" if trainer.bf16 else "fp32"
+    ddpm = DDPM(ContextUnet(options.n_feat)).to(device, memory_format=torch.channels_last)
+    n_parameters = sum(parameter.numel() for parameter in ddpm.parameters())
+    gflop = gflop_per_image_and_step(ddpm)
+    print(f"network: {n_parameters / 1e6:.2f} M parameters, {gflop:.4f} GFLOP an image and step")
+
+    optimizer = torch.optim.AdamW(ddpm.parameters())
+    x = torch.rand(options.batch_size, 1, 28, 28, device=device)
+    c = torch.arange(options.batch_size, device=device) % 10
+
+    def train_20_steps() -> None:
+        for _ in range(20):
+            with autocast(device):
+                loss = ddpm(x, c)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    with autocast(device):
+        precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+    epoch = seconds(train_20_steps, device) / (20 * options.batch_size) * N_IMAGES
     print(f"training, {precision}, batch {options.batch_size}: {epoch:.1f} s an epoch of {N_IMAGES:,}")
-    nine = torch.full((9,), 5, device=device)
-    for steps in (ddpm.n_T, 50):
-        print(f"nine digits, {steps} steps: {seconds(lambda s=steps: ddpm.sample(nine, steps=s), device):.2f} s")
-    many = torch.arange(10, device=device).repeat(10 if device.type == "cpu" else 400)
-    rate = len(many) / seconds(lambda: ddpm.sample(many, steps=50), device, runs=3)
-    print(f"batches of {len(many)}, 50 steps: {rate:.0f} digits a second")
+    with autocast(device):
+        nine = torch.full((9,), 5, device=device)
+        for steps in (ddpm.n_T, 50):
+            print(f"nine digits, {steps} steps: {seconds(lambda s=steps: ddpm.sample(nine, steps=s), device):.2f} s")
+        many = torch.arange(10, device=device).repeat(10 if device.type == "cpu" else 400)
+        rate = len(many) / seconds(lambda: ddpm.sample(many, steps=50), device, runs=3)
+        print(f"batches of {len(many)}, 50 steps: {rate:.0f} digits a second")
 
 
 if __name__ == "__main__":

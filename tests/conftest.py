@@ -1,4 +1,4 @@
-"""What the tests share: a copy of the project, a small data set in MNIST's format, and a way to run commands."""
+"""What the tests share: a copy of the project, a small data set in MNIST's format, and ways to run the scripts."""
 
 import importlib
 import os
@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).resolve().parent.parent
 SMALL_RUN = ("--n-feat", "8", "--n-T", "40", "--batch-size", "16", "--data-dir", "small", "--device", "cpu")
+TOO_LONG = 300 * "w"  # more than any file system takes as a name
 
+posix = pytest.mark.skipif(os.name != "posix", reason="needs signals that Windows does not have")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so its children
 
 
@@ -26,11 +28,12 @@ def write_idx(path: Path, tensor: Tensor) -> None:
 
 
 def write_small_mnist(data_dir: Path, n_images: int = 64) -> None:
-    """Images of a bright bar whose height on the image is the label, in all four files of MNIST."""
+    """All four files of MNIST: a bright bar at a height that is the label, and the image's number in a corner pixel."""
     raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
     labels = (torch.arange(n_images) % 10).byte()
     images = torch.zeros(n_images, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0] = torch.arange(n_images)
     for image, label in zip(images, labels.tolist()):
         image[2 * label + 3 : 2 * label + 6, 6:22] = 255
     for split in ("train", "t10k"):
@@ -51,42 +54,78 @@ def workdir(tmp_path) -> Path:
     return fill(tmp_path)
 
 
-def start(cwd: Path, *command: str, **env: str) -> subprocess.Popen:
+def link(path: Path, target: str | Path) -> None:
+    """Makes path a symbolic link, or skips the test."""
+    path.parent.mkdir(exist_ok=True)
+    try:
+        path.symlink_to(target)
+    except (OSError, NotImplementedError):
+        pytest.skip("no symbolic links here")
+
+
+def pipe(path: Path) -> None:
+    """Makes a named pipe, which is no regular file, or skips the test."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no named pipes here")
+    os.mkfifo(path)
+
+
+@pytest.fixture
+def file_limit():
+    """A function that limits the size of files: what is written beyond it fails, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="no limit on file sizes here")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def start(cwd: Path, *command: str, stdout: int = subprocess.PIPE, **env: str) -> subprocess.Popen:
     """Starts `python command...` in cwd, with its output in pipes."""
     return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=cwd, env=os.environ | {"PYTHONUNBUFFERED": "1"} | env, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, *map(str, command)], cwd=cwd, encoding="utf-8",
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"} | env,
+        stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def run(cwd: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
+def run(cwd: Path, *command: str, **kwargs) -> subprocess.CompletedProcess:
     """Runs `python command...` in cwd to its end."""
-    process = start(cwd, *command, **env)
+    process = start(cwd, *command, **kwargs)
     out, err = process.communicate(timeout=280)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """Runs a script in this process: as `run`, without the seconds that importing torch takes."""
+    """Runs a script in this process: as `run`, without the seconds that importing torch takes.
+
+    Its paths are relative to cwd, a temporary folder. What comes with the project cannot be replaced.
+    """
+    replace = os.replace
+
+    def guarded(source, target):
+        assert not Path(target).is_relative_to(PROJECT), f"a test would have replaced {target}"
+        replace(source, target)
 
     def call(cwd: Path, script: str, *options: str) -> subprocess.CompletedProcess:
+        assert not cwd.resolve().is_relative_to(PROJECT)
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
         status, message = 0, ""
         try:
             importlib.import_module(script.removesuffix(".py")).main()
         except SystemExit as exit:  # with a text, Python prints it and exits with 1
-            status, message = (1, f"{exit.code}\n") if isinstance(exit.code, str) else (exit.code, "")
+            status, message = (1, f"{exit.code}\n") if isinstance(exit.code, str) else (exit.code or 0, "")
         out, err = capfd.readouterr()
         return subprocess.CompletedProcess(sys.argv, status, out, err + message)
 
+    monkeypatch.setattr(os, "replace", guarded)
     return call
 
 
-def assert_one_line_error(result: subprocess.CompletedProcess, *mentions: str) -> None:
+def assert_one_line_error(result: subprocess.CompletedProcess, *mentions: str | Path) -> None:
     """The command failed with status 1 and one line on stderr that has all of mentions."""
     assert result.returncode == 1, result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     for text in mentions:
-        assert text in result.stderr
+        assert str(text) in result.stderr, result.stderr

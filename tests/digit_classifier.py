@@ -26,16 +26,16 @@ def conv(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class DigitClassifier(nn.Module):
-    """Images [B,1,28,28] in [0,1] -> logits [B,10]. `features` gives the 64 numbers before the last layer."""
+    """Images [B,1,28,28] in [0,1] -> logits [B,n_classes]. `features` gives the 64 numbers before the last layer."""
 
-    def __init__(self):
+    def __init__(self, n_classes: int = 10):
         super().__init__()
         self.trunk = nn.Sequential(
             conv(1, 16), conv(16, 24), nn.MaxPool2d(2),
             conv(24, 48), conv(48, 48), nn.MaxPool2d(2),
             conv(48, 64), conv(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         )  # fmt: skip
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(64, n_classes)
 
     def features(self, x: Tensor) -> Tensor:
         return self.trunk(x)

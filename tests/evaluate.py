@@ -1,8 +1,8 @@
 """How good are the drawn digits? Prints, for each guidance weight and number of steps, figures of N images per class.
 
     python -m tests.evaluate                                        # the shipped weights, 200 images per class
-    python -m tests.evaluate --guide-w 0 0.5 1 --steps 400 50 20 --per-class 500
-    python -m tests.evaluate --data-dir data                        # features of real images, not from the fixture
+    python -m tests.evaluate --guide-w 0 0.5 1 --steps 50 20 --eta 0 --per-class 500
+    python -m tests.evaluate --data-dir data                        # also the two-sample test, which needs real images
 
 accuracy   how often the judge (tests/digit_classifier.py) sees the digit that was asked for
 FID        Fréchet distance (Heusel et al. 2017, arXiv:1706.08500) to the 10,000 images of the MNIST test set, in the
@@ -10,8 +10,10 @@ FID        Fréchet distance (Heusel et al. 2017, arXiv:1706.08500) to the 10,00
 precision  share of drawn images that lie among real ones, recall: share of real ones that lie among the drawn
            (Kynkäänniemi et al. 2019, arXiv:1904.06991, k = 3), against N test images per class
 corners    mean brightness of the four 3x3 corners of the images; a black background has 0
+told apart accuracy of a small CNN that was trained to tell drawn from real images, on others of both; 50 % is chance
+           (Lopez-Paz & Oquab 2017, arXiv:1610.06545)
 
-The first line has the same figures for N real training images per class: the floor that a perfect model would reach.
+The first line has the same figures for N real training images per class: what a perfect model would reach.
 """
 
 import argparse
@@ -19,13 +21,15 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, WeightsError, keep_freed_memory, load_ddpm, number, pick_device
-from tests.digit_classifier import judge, load_classifier
+from ddpm_model import DDPM, GUIDE_W, WeightsError, autocast, file_path, load_ddpm, number, pick_device
+from tests.digit_classifier import DigitClassifier, judge, load_classifier
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mnist_features.pth"
 TRAIN_PER_CLASS = 500  # of the training set, the fixture keeps this many of each digit
+TOLD_APART_PER_CLASS = 300  # images that the two-sample test compares; half of them to learn from
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -44,12 +48,36 @@ def share_inside(points: Tensor, of: Tensor, k: int = 3) -> float:
     return (torch.cdist(points, of) <= radii).any(dim=1).double().mean().item()
 
 
+def told_apart(a: Tensor, b: Tensor, epochs: int = 12) -> float:
+    """Accuracy of a small CNN that tells images a from images b, both [N,1,28,28] in [0, 1].
+
+    It learns from the images with even numbers and is tested on those with odd ones.
+    """
+    torch.manual_seed(0)
+    x = torch.cat([a, b])
+    y = torch.arange(2).repeat_interleave(len(a))
+    x_train, y_train = x[::2], y[::2]
+    n_batches = len(x_train) // 100
+    classifier = DigitClassifier(n_classes=2)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=epochs * n_batches)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x_train)).tensor_split(n_batches):
+            loss = F.cross_entropy(classifier(x_train[index]), y_train[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    _, predicted = judge(classifier.eval(), x[1::2])
+    return (predicted == y[1::2]).double().mean().item()
+
+
 def first_of_each_class(labels: Tensor, n: int) -> Tensor:
     """Indices of the first n of each digit."""
     return torch.cat([(labels == digit).nonzero()[:n, 0] for digit in range(10)])
 
 
-def real_features(data_dir: str) -> dict[str, Tensor]:
+def real_features(data_dir: str | Path) -> dict[str, Tensor]:
     """The judge's view of MNIST: features and predictions of the whole test set and of part of the training set."""
     from torchvision.datasets import MNIST
 
@@ -63,11 +91,24 @@ def real_features(data_dir: str) -> dict[str, Tensor]:
     return real
 
 
-def draw(ddpm: DDPM, per_class: int, guide_w: float, steps: int, seed: int, batch_size: int = 500) -> Tensor:
-    """per_class images of each digit, [10 per_class,1,28,28]: first all zeros, then all ones, ..."""
+def real_images(data_dir: str | Path, start: int, n: int) -> Tensor:
+    """n training images of each digit, from its start-th on, [10 n,1,28,28] in [0, 1]."""
+    from torchvision.datasets import MNIST
+
+    split = MNIST(data_dir, download=True)
+    classes = [(split.targets == digit).nonzero()[start : start + n, 0] for digit in range(10)]
+    return split.data[torch.cat(classes)][:, None] / 255
+
+
+def draw(
+    ddpm: DDPM, per_class: int, guide_w: float, steps: int, eta: float, seed: int, batch_size: int = 500
+) -> Tensor:
+    """per_class images of each digit, [10 per_class,1,28,28] in the 8 bits of a PNG: all zeros, then all ones, ..."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(10).repeat_interleave(per_class).to(ddpm.alphabar.device)
-    return torch.cat([ddpm.sample(c, guide_w, steps, generator).cpu() for c in labels.split(batch_size)])
+    c = torch.arange(10).repeat_interleave(per_class).to(ddpm.alphabar.device)
+    with autocast(c.device):
+        images = torch.cat([ddpm.sample(batch, guide_w, steps, eta, generator) for batch in c.split(batch_size)])
+    return (images.cpu() * 255).round() / 255
 
 
 def corner_brightness(images: Tensor) -> float:
@@ -89,15 +130,15 @@ def figures(features: Tensor, predicted: Tensor, labels: Tensor, real: dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the quality of drawn digits.")
-    parser.add_argument("--weights", default="weights/ddpm_mnist.pth")
+    parser.add_argument("--weights", type=file_path, default="weights/ddpm_mnist.pth")
     parser.add_argument("--guide-w", type=number(float, 0, 100), nargs="+", default=[0.0, GUIDE_W, 1.0])
-    parser.add_argument("--steps", type=number(int, 1), nargs="+", default=[50])
+    parser.add_argument("--steps", type=number(int, 1, 10**6), nargs="+", default=[50])
+    parser.add_argument("--eta", type=number(float, 0, 1), default=1.0, help="1 is DDPM, 0 is DDIM")
     parser.add_argument("--per-class", type=number(int, 4, TRAIN_PER_CLASS), default=200)
-    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**60), default=0)
     parser.add_argument("--device", type=pick_device, default="auto")
-    parser.add_argument("--data-dir", help="compute the features of real images from the MNIST here")
+    parser.add_argument("--data-dir", type=file_path, help="has MNIST, for the two-sample test")
     args = parser.parse_args()
-    keep_freed_memory()
 
     real = real_features(args.data_dir) if args.data_dir else torch.load(FIXTURE, weights_only=True)
     try:
@@ -107,21 +148,28 @@ def main() -> None:
     if max(args.steps) > ddpm.n_T:
         raise SystemExit(f"error: --steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}")
 
-    print(f"{args.per_class} images per class       accuracy     FID  precision  recall  corners  s/image", flush=True)
+    print(f"{args.per_class} images per class       accuracy     FID  precision  recall  corners  s/image  told apart")
     some = first_of_each_class(real["train_labels"], args.per_class)
     columns = (real["train"][some].float(), real["train_predicted"][some], real["train_labels"][some])
-    print(f"real training images     {figures(*columns, real, args.per_class)}")
+    line = f"real training images     {figures(*columns, real, args.per_class)}"
+    n = min(args.per_class, TOLD_APART_PER_CLASS)
+    if args.data_dir:
+        peers = real_images(args.data_dir, 0, n)
+        line += f"{told_apart(real_images(args.data_dir, n, n), peers):30.1%}"
+    print(line, flush=True)
     labels, classifier = torch.arange(10).repeat_interleave(args.per_class), load_classifier()
     for steps in args.steps:
         for guide_w in args.guide_w:
             start = time.perf_counter()
-            images = draw(ddpm, args.per_class, guide_w, steps, args.seed)
+            images = draw(ddpm, args.per_class, guide_w, steps, args.eta, args.seed)
             seconds = (time.perf_counter() - start) / len(images)
-            line = figures(*judge(classifier, images), labels, real, args.per_class)
-            print(
-                f"{steps:4d} steps, guide_w {guide_w:4.2f}  {line}  {corner_brightness(images):7.4f}  {seconds:7.4f}",
-                flush=True,
-            )
+            line = f"{steps:4d} steps, guide_w {guide_w:4.2f}  "
+            line += figures(*judge(classifier, images), labels, real, args.per_class)
+            line += f"  {corner_brightness(images):7.4f}  {seconds:7.4f}"
+            if args.data_dir:
+                drawn = images.unflatten(0, (10, -1))[:, :n].flatten(0, 1)
+                line += f"{told_apart(drawn, peers):12.1%}"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

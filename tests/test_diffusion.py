@@ -1,284 +1,186 @@
-"""The mathematics of ddpm_model.py: schedule, noising, loss, guidance and sampling, against closed forms."""
+"""The mathematics of ddpm_model.py, against the equations of the papers and against closed forms.
 
+The names are those of Ho et al. 2020 (arXiv:2006.11239): beta[t], alpha[t], alphabar[t], sigma, eps, z, t = 1 .. T.
+The networks are defined below the tests that read like the papers.
+"""
+
+import argparse
 import itertools
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-import ddpm_model
-from ddpm_model import DDPM, GUIDED, X0_LIMIT, ContextUnet, ddpm_schedules, image_grid, predict_x0
+from ddpm_model import DDPM, GUIDANCE_INTERVAL, ContextUnet, autocast, ddpm_schedule, image_grid, pick_device, to_image
+
+T = 40
+beta = torch.cat([torch.zeros(1), torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)])
+alpha = 1 - beta
+alphabar = alpha.cumprod(dim=0)
+
+KEEP = torch.ones(10, dtype=torch.bool)  # context_mask
+HIDE = ~KEEP
+MEANS = torch.linspace(-0.3, 0.3, 10)[:, None, None, None].expand(10, 1, 28, 28)
 
 
 @pytest.fixture(autouse=True)
-def in_fp32(monkeypatch):
-    """On every machine alike: exact enough for closed forms."""
-    monkeypatch.setattr(ddpm_model, "hardware_has_bf16", lambda device: False)
-
-
-def randomised(net: nn.Module) -> nn.Module:
-    """A network whose last layers, zero at the start, are not: every part of it counts."""
+def seeded():
     torch.manual_seed(0)
+
+
+# ---- The algorithms, as printed --------------------------------------------------------------------------------------
+
+
+def test_forward_is_algorithm_1():
+    """In eps, as printed. Equal errors in v and in eps differ by the weight 1 / alphabar[t]."""
+    ddpm = small_ddpm(drop_prob=0.5)
+    x = torch.rand(64, 1, 28, 28)
+    c = torch.arange(64) % 10
+
+    torch.manual_seed(1)
+    x_0 = 2 * x - 1
+    t = draw_timesteps(64)
+    eps = torch.randn(64, 1, 28, 28)
+    context_mask = torch.rand(64) >= 0.5
+
+    abar = alphabar[t][:, None, None, None]
+    x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
+    v = ddpm.nn_model(x_t.float(), c, t / T, context_mask)
+    eps_hat = (1 - abar).sqrt() * x_t + abar.sqrt() * v
+    loss = ((eps - eps_hat).square() / abar).mean()
+
+    torch.manual_seed(1)
+    torch.testing.assert_close(ddpm(x, c).double(), loss, rtol=1e-5, atol=0)
+
+
+def test_denoise_is_algorithm_2():
+    """In eps, as printed, with sigma^2 = tilde beta. No x_0 of this network is out of range, so none is clipped."""
+    ddpm = DDPM(Gaussian(MEANS, std=0.1), T)
+    c = torch.arange(10)
+    images = []
+    calls = network_calls(ddpm, lambda: images.extend(ddpm.denoise(c, guide_w=0, generator=seed(1))))
+
+    generator = seed(1)
+    x = torch.randn(10, 1, 28, 28, generator=generator).double()
+    for t in range(T, 0, -1):
+        x_t = calls[T - t][0]
+        torch.testing.assert_close(x_t, x.float(), rtol=0, atol=2e-5)
+        assert torch.equal(images[T - t], to_image(x_t))
+        z = torch.randn(10, 1, 28, 28, generator=generator) if t > 1 else 0
+        sigma = ((1 - alphabar[t - 1]) / (1 - alphabar[t]) * beta[t]).sqrt()
+        eps = eps_theta(ddpm, x, c, t, KEEP)
+        x = 1 / alpha[t].sqrt() * (x - (1 - alpha[t]) / (1 - alphabar[t]).sqrt() * eps) + sigma * z
+    torch.testing.assert_close(images[T], to_image(x).float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "eta", "w"), [(T, 0, 0), (10, 0, 0), (10, 1, 0), (10, 0.5, 0), (T, 1, 2), (1, 1, 2)])
+def test_denoise_is_equation_12_of_ddim(steps, eta, w):
+    """Song et al. 2020 (arXiv:2010.02502), eq. 12 and 16: any number of steps; eta = 0 uses no noise but x_T."""
+    ddpm = DDPM(Gaussian(MEANS, std=0.1), T)
+    c = torch.arange(10)
+    calls = network_calls(ddpm, lambda: ddpm.sample(c, w, steps, eta, seed(1)))
+    visited = {t[0].item(): x for x, _, t, _ in calls}
+    assert len(visited) == steps
+
+    generator = seed(1)
+    x = torch.randn(10, 1, 28, 28, generator=generator).double()
+    for t, s in itertools.pairwise([*visited, 0]):
+        torch.testing.assert_close(visited[t], x.float(), rtol=0, atol=2e-5)
+        eps = eps_theta(ddpm, x, c, t, KEEP)
+        if GUIDANCE_INTERVAL[0] < t / T <= GUIDANCE_INTERVAL[1]:
+            eps = (1 + w) * eps - w * eps_theta(ddpm, x, c, t, HIDE)
+        x_0 = (x - (1 - alphabar[t]).sqrt() * eps) / alphabar[t].sqrt()
+        sigma = eta * ((1 - alphabar[s]) / (1 - alphabar[t])).sqrt() * (1 - alphabar[t] / alphabar[s]).sqrt()
+        z = torch.randn(10, 1, 28, 28, generator=generator)
+        x = alphabar[s].sqrt() * x_0 + (1 - alphabar[s] - sigma**2).sqrt() * eps + sigma * z
+    digits = ddpm.sample(c, w, steps, eta, seed(1))
+    torch.testing.assert_close(digits, to_image(x).float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("x_0", [-1, 1])
+def test_clipped_steps_are_equation_7(x_0):
+    """Where the network puts x_0 at -3 or 3, each step is a draw from q(x_{t-1} | x_t, x_0) with x_0 at -1 or 1."""
+    ddpm = DDPM(Gaussian(torch.full((10, 1, 28, 28), 3.0 * x_0), std=0), T)
+    c = torch.arange(10)
+    calls = network_calls(ddpm, lambda: ddpm.sample(c, 0, generator=seed(1)))
+
+    generator = seed(1)
+    x = torch.randn(10, 1, 28, 28, generator=generator).double()
+    for t in range(T, 0, -1):
+        torch.testing.assert_close(calls[T - t][0], x.float(), rtol=0, atol=2e-5)
+        of_x_0 = alphabar[t - 1].sqrt() * beta[t] / (1 - alphabar[t])
+        of_x_t = alpha[t].sqrt() * (1 - alphabar[t - 1]) / (1 - alphabar[t])
+        sigma = ((1 - alphabar[t - 1]) / (1 - alphabar[t]) * beta[t]).sqrt()
+        x = of_x_0 * x_0 + of_x_t * x + sigma * torch.randn(10, 1, 28, 28, generator=generator)
+
+
+@pytest.mark.parametrize("w", [0, 0.5, 2])
+def test_guidance_is_equation_6(w):
+    """Ho & Salimans 2022 (arXiv:2207.12598), eq. 6, in eps."""
+    ddpm = small_ddpm()
+    x = torch.randn(10, 1, 28, 28)
+    c = torch.arange(10)
+    eps = (1 + w) * eps_theta(ddpm, x, c, 20, KEEP) - w * eps_theta(ddpm, x, c, 20, HIDE)
+    v = (eps - (1 - alphabar[20]).sqrt() * x) / alphabar[20].sqrt()
+    torch.testing.assert_close(ddpm.guided_v(x, c, 20, w), v.float(), rtol=1e-4, atol=1e-4)
+
+
+# ---- What the tests share --------------------------------------------------------------------------------------------
+
+
+def draw_timesteps(n: int) -> Tensor:
+    """Line 3 of algorithm 1: t [n] as training draws it."""
+    return torch.randint(1, T + 1, (n,))
+
+
+def timestep_probabilities() -> Tensor:
+    """How often it draws t = 1 .. T."""
+    return torch.full((T,), 1 / T, dtype=torch.float64)
+
+
+def small_ddpm(drop_prob: float = 0.1) -> DDPM:
+    """A network of which every part counts."""
+    net = ContextUnet(n_feat=8)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return net.eval()
+    return DDPM(net, T, drop_prob)
 
 
-def small_ddpm(n_T: int = 40, drop_prob: float = 0.1) -> DDPM:
-    return DDPM(randomised(ContextUnet(n_feat=8)), DDPM.default_betas(n_T), n_T, drop_prob).eval()
+def seed(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
 
 
-class Oracle(nn.Module):
-    """The best possible network when all data is one image x0: it knows x0, so v follows from x_t. With error > 0, what
-    it takes for x0 is off by noise of that std, anew at each step."""
+class Gaussian(nn.Module):
+    """The best possible network for pixels x_0 ~ N(mean[c], std^2), or N(0, std^2) where the class is hidden."""
 
-    def __init__(self, x0: torch.Tensor, betas: tuple[float, float], n_T: int, error: float = 0.0):
+    def __init__(self, mean: Tensor, std: float, n_T: int = T):
         super().__init__()
-        self.x0, self.n_T, self.error, self.alphabar = x0, n_T, error, ddpm_schedules(*betas, n_T)["alphabar"]
+        self.mean = mean  # [10,1,28,28] in [-1, 1]
+        self.std = std
+        self.n_T = n_T
+        self.alphabar = ddpm_schedule(n_T)
 
-    def forward(self, x, c, t, context_mask, x0_hat=None):
-        self.x_t = x
-        alphabar = self.alphabar[(t * self.n_T).round().long()][:, None, None, None]
-        x0 = self.x0 + self.error * torch.randn_like(x)
-        return (alphabar.sqrt() * x - x0) / (1 - alphabar).sqrt()
-
-
-def gaussian_ddpm(n_T: int, std: float) -> DDPM:
-    """A DDPM whose network is exact for data x0 ~ N(0, std^2) in the model's units: E[v | x_t] is linear in x_t."""
-    alphabar = ddpm_schedules(*DDPM.default_betas(n_T), n_T)["alphabar"]
-
-    class Exact(nn.Module):
-        def forward(self, x, c, t, context_mask, x0_hat=None):
-            a = alphabar[(t * n_T).round().long()][:, None, None, None]
-            variance = a * std**2 + 1 - a
-            return (a.sqrt() * (1 - a).sqrt() * (1 - std**2)) / variance * x
-
-    return DDPM(Exact(), DDPM.default_betas(n_T), n_T)
+    def forward(self, x: Tensor, c: Tensor, t: Tensor, context_mask: Tensor) -> Tensor:
+        abar = self.alphabar[(t * self.n_T).round().long()][:, None, None, None]
+        mean = self.mean[c] * context_mask[:, None, None, None]
+        gain = abar.sqrt() * self.std**2 / (abar * self.std**2 + 1 - abar)
+        x_0 = mean + gain * (x - abar.sqrt() * mean)  # E[x_0 | x_t]
+        return (abar.sqrt() * x - x_0) / (1 - abar).sqrt()
 
 
-def timestep_probabilities(n_T: int) -> torch.Tensor:
-    """How often training visits t = 1 .. n_T: a fifth uniform, the rest logit-normal (mean -0.5, deviation 0.8)."""
-    edges = torch.arange(n_T + 1, dtype=torch.float64) / n_T
-    return 0.2 / n_T + 0.8 * torch.special.ndtr((edges.logit() + 0.5) / 0.8).diff()
-
-
-@pytest.mark.parametrize("T", [1, 40, 1000])
-def test_schedule_is_the_closed_form(T):
-    beta1, beta2 = 1e-4, 0.02
-    schedule = ddpm_schedules(beta1, beta2, T)
-    alphabar = 1.0
-    for t in range(T + 1):
-        beta = 0.0 if t == 0 else beta1 + (beta2 - beta1) * (t - 1) / max(T - 1, 1)
-        alphabar *= 1 - beta
-        assert schedule["beta"][t].item() == pytest.approx(beta, rel=1e-6)
-        assert schedule["alphabar"][t].item() == pytest.approx(alphabar, rel=1e-6)
-    assert all(len(tensor) == T + 1 and tensor.dtype == torch.float32 for tensor in schedule.values())
-
-
-@pytest.mark.parametrize(
-    "betas", [(0, 0.02, 10), (0.02, 1e-4, 10), (1e-4, 1, 10), (1e-4, math.nan, 10), (1e-4, 0.02, 0)]
-)
-def test_schedule_rejects_what_is_no_variance(betas):
-    with pytest.raises(ValueError):
-        ddpm_schedules(*betas)
-
-
-@pytest.mark.parametrize("n_T", [21, 50, 400, 1000, 10_000])
-def test_default_schedule_ends_in_noise(n_T):
-    alphabar = ddpm_schedules(*DDPM.default_betas(n_T), n_T)["alphabar"]
-    assert alphabar[0] == 1 and (alphabar.diff() < 0).all() and alphabar[-1] < 1e-4
-
-
-def test_noised_image_has_the_mean_and_variance_of_equation_4():
-    ddpm, n = small_ddpm(), 20_000
-    x0 = torch.linspace(-1, 1, 784).reshape(1, 1, 28, 28)
-    for t in (1, 13, 40):
-        alphabar = ddpm.alphabar[t].item()
-        total, squares = torch.zeros(784, dtype=torch.float64), torch.zeros(784, dtype=torch.float64)
-        for _ in range(n // 1000):
-            eps = torch.randn(1000, 1, 28, 28)
-            many = torch.full((1000,), t)
-            x_t = ddpm.add_noise(x0.expand(1000, -1, -1, -1), many, eps)
-            total += x_t.flatten(1).double().sum(0)
-            squares += x_t.flatten(1).double().square().sum(0)
-            v = ddpm.expected_v(x_t, many, x0, torch.ones(1000, 1, dtype=torch.bool))
-            torch.testing.assert_close(predict_x0(x_t, v, alphabar), x0.expand_as(x_t), rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close((1 - alphabar) ** 0.5 * x_t + alphabar**0.5 * v, eps, rtol=1e-4, atol=1e-4)
-        mean, error = total / n, 5 * ((1 - alphabar) / n) ** 0.5  # five standard errors
-        assert (mean - alphabar**0.5 * x0.flatten()).abs().max() < error
-        variance = (squares / n - mean**2).mean().item()  # over all pixels
-        assert variance == pytest.approx(1 - alphabar, rel=5 * (2 / (n * 784)) ** 0.5 + 1 / n)
-
-
-def test_clean_data_is_timestep_0():
-    ddpm, x0 = small_ddpm(), torch.rand(3, 1, 28, 28)
-    x_0 = ddpm.add_noise(x0, torch.zeros(3, dtype=torch.long), torch.randn_like(x0))
-    assert torch.equal(x_0, x0)
-
-
-def test_loss_of_the_perfect_network_is_zero_and_of_the_zero_network_is_the_power_of_v():
-    betas, image = DDPM.default_betas(40), torch.rand(1, 1, 28, 28)
-    x = image.expand(64, -1, -1, -1)
-    perfect = DDPM(Oracle(2 * image - 1, betas, 40), betas, 40)
-    assert perfect(x, torch.zeros(64, dtype=torch.long)).item() < 1e-6
-
-    class Zero(nn.Module):
-        def forward(self, x, c, t, context_mask, x0_hat=None):
-            return torch.zeros_like(x)
-
-    ddpm = DDPM(Zero(), betas, 40)
-    # E v^2 = alphabar + (1 - alphabar) x0^2, averaged over the timesteps
-    alphabar = (ddpm.alphabar[1:].double() * timestep_probabilities(40)).sum()
-    expected = alphabar + (1 - alphabar) * (2 * image - 1).double().square().mean()
-    measured = torch.stack([ddpm(x, torch.zeros(64, dtype=torch.long)) for _ in range(200)]).double().mean()
-    assert measured.item() == pytest.approx(expected.item(), rel=0.01)
-
-
-def noised(t: int, n: int) -> tuple[DDPM, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ddpm, three images x0 of four pixels, which of them [n] was noised to timestep t, x_t and v [n,1,1,4])."""
-    torch.manual_seed(0)
-    ddpm, x0, which = small_ddpm(), torch.randn(3, 1, 1, 4), torch.randint(3, (n,))
-    eps, alphabar = torch.randn(n, 1, 1, 4), ddpm.alphabar[t]
-    x_t = ddpm.add_noise(x0[which], torch.full((n,), t), eps)
-    return ddpm, x0, which, x_t, alphabar.sqrt() * eps - (1 - alphabar).sqrt() * x0[which]
-
-
-@pytest.mark.parametrize("t", [2, 20, 40])
-def test_expected_velocity_is_the_mean_of_the_posterior(t):
-    ddpm, x0, which, x_t, _ = noised(t, 50)
-    candidate = (torch.rand(50, 3) < 0.5) | (which[:, None] == torch.arange(3))
-    signal, noise = ddpm.alphabar[t].double().sqrt(), (1 - ddpm.alphabar[t].double()).sqrt()
-    x, images = x_t.double()[:, None], x0.double()[None]  # [50,1,...] and [1,3,...]
-    log_q = torch.distributions.Normal(signal * images, noise).log_prob(x).sum(dim=(2, 3, 4))
-    posterior = (log_q + candidate.double().log()).softmax(dim=1)  # Bayes' rule
-    v = signal * (x - signal * images) / noise - noise * images  # if it was made from each
-    expected = (posterior[:, :, None, None, None] * v).sum(dim=1)
-    with torch.autocast("cpu", torch.bfloat16):  # as in training; it must not round
-        measured = ddpm.expected_v(x_t, torch.full((50,), t), x0, candidate)
-    torch.testing.assert_close(measured.double(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_expected_velocity_teaches_the_same_with_less_noise():
-    """The tower rule: E[v f(x_t)] = E[E[v | x_t] f(x_t)] for any f, so the mean gradient of the loss is the same."""
-    n = 100_000
-    ddpm, x0, _, x_t, v = noised(20, n)
-    expected = ddpm.expected_v(x_t, torch.full((n,), 20), x0, torch.ones(n, 3, dtype=torch.bool))
-    for f in (torch.ones_like(x_t), x_t, x_t.sin(), x_t.square()):
-        difference = ((v - expected) * f).flatten(1).double()
-        assert (difference.mean(0).abs() < 5 * difference.std(0) / n**0.5).all()
-    assert expected.var() < 0.9 * v.var()
-
-
-def test_targets_are_averaged_over_what_the_network_cannot_tell_apart():
-    x, c = torch.rand(4, 1, 28, 28), torch.arange(4)
-    same_class, other_class = (torch.rand(4, 1, 28, 28), c), (torch.rand(4, 1, 28, 28), c + 4)
-
-    def loss(drop_prob: float, others: tuple[torch.Tensor, torch.Tensor] | None) -> float:
-        torch.manual_seed(0)
-        ddpm = DDPM(Witness(), DDPM.default_betas(40), 40, drop_prob)
-        return sum(ddpm(x, c, others).item() for _ in range(20))  # Witness says 0, so this is the power of the targets
-
-    assert loss(0.0, other_class) == pytest.approx(loss(0.0, None), rel=1e-5)  # the class is known
-    assert loss(0.0, same_class) < 0.99 * loss(0.0, None)
-    assert loss(1.0, other_class) < 0.99 * loss(1.0, None)  # it is hidden
-    assert loss(1.0, None) < 0.99 * loss(0.0, None)  # the batch itself counts
-
-
-class Constants(nn.Module):
-    """The perfect network for images of class c whose pixels all are c / 9. Remembers what it was asked."""
-
-    def __init__(self, alphabar: torch.Tensor):
-        super().__init__()
-        self.alphabar = alphabar
-
-    def forward(self, x, c, t, context_mask, x0_hat=None):
-        self.c, self.t = c, (t * 40).round().long()
-        alphabar = self.alphabar[self.t]
-        x0, signal, noise = (a[:, None, None, None] for a in (2 * c / 9 - 1, alphabar.sqrt(), (1 - alphabar).sqrt()))
-        return (signal * x - x0) / noise
-
-
-def test_one_noisy_image_in_twenty_is_asked_for_as_the_class_of_its_neighbour_and_told_what_is_right_for_that():
-    betas, c, noisy, asked = DDPM.default_betas(40), torch.arange(500) % 10, 0, 0
-    ddpm = DDPM(Constants(ddpm_schedules(*betas, 40)["alphabar"]), betas, 40, drop_prob=0.0)
-    for _ in range(40):
-        loss = ddpm((c / 9)[:, None, None, None].expand(-1, 1, 28, 28), c)
-        assert loss.item() < 1e-6
-        other = ddpm.nn_model.c != c
-        assert (ddpm.nn_model.c == c.roll(1))[other].all() and (ddpm.nn_model.t > 6)[other].all()  # 6 = 0.15 * 40
-        noisy, asked = noisy + (ddpm.nn_model.t > 6).sum().item(), asked + other.sum().item()
-    assert asked / noisy == pytest.approx(1 / 20, abs=5 * (19 / 400 / noisy) ** 0.5)
-
-
-class Witness(nn.Module):
-    """Remembers what the training loss asks of the network."""
-
-    def forward(self, x, c, t, context_mask, x0_hat=None):
-        self.t, self.context_mask = t, context_mask
+class Zero(nn.Module):
+    def forward(self, x: Tensor, c: Tensor, t: Tensor, context_mask: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 7, 40])
-def test_training_visits_every_timestep_as_often_as_it_should(batch):
-    ddpm, counts, n = DDPM(Witness(), DDPM.default_betas(40), 40), torch.zeros(41), 4000 // batch * 3
-    for _ in range(n):
-        ddpm(torch.rand(batch, 1, 28, 28), torch.zeros(batch, dtype=torch.long))
-        counts += torch.bincount((ddpm.nn_model.t * 40).round().long(), minlength=41)
-    assert counts[0] == 0
-    expected = n * batch * timestep_probabilities(40)
-    assert ((counts[1:] - expected).abs() < 5 * expected.sqrt()).all()
-
-
-@pytest.mark.parametrize("drop_prob", [0.0, 0.1, 1.0])
-def test_training_drops_the_condition_with_drop_prob(drop_prob):
-    ddpm, kept = DDPM(Witness(), DDPM.default_betas(40), 40, drop_prob), 0
-    for _ in range(20):
-        ddpm(torch.rand(500, 1, 28, 28), torch.zeros(500, dtype=torch.long))
-        kept += ddpm.nn_model.context_mask.sum().item()
-    assert kept / 10_000 == pytest.approx(1 - drop_prob, abs=5 * (drop_prob * (1 - drop_prob) / 10_000) ** 0.5)
-
-
-def test_dropped_condition_makes_the_output_independent_of_the_label():
-    net, x, t = (
-        randomised(ContextUnet(n_feat=8)),
-        torch.randn(10, 1, 28, 28)[:1].expand(10, -1, -1, -1),
-        torch.full((10,), 0.5),
-    )
-    dropped = net(x, torch.arange(10), t, torch.zeros(10))
-    torch.testing.assert_close(dropped, dropped[:1].expand_as(dropped))
-    kept = net(x, torch.arange(10), t, torch.ones(10))
-    assert all((kept[i] - kept[j]).abs().max() > 1e-3 for i in range(10) for j in range(i))
-    assert (kept - dropped).abs().amax((1, 2, 3)).min() > 1e-3
-
-
-def test_guidance_is_linear_in_w_and_conditional_at_0():
-    ddpm, x, c = small_ddpm(), torch.randn(4, 1, 28, 28), torch.tensor([1, 2, 3, 4])
-    t, ones = torch.full((4,), 20 / 40), torch.ones(4)
-    v_cond, v_null = ddpm.nn_model(x, c, t, ones), ddpm.nn_model(x, c, t, 0 * ones)
-    torch.testing.assert_close(ddpm.guided_v(x, c, 20, 0), v_cond)
-    for w in (0.5, 2.0):
-        torch.testing.assert_close(ddpm.guided_v(x, c, 20, w), v_cond + w * (v_cond - v_null))
-
-
-def test_drawing_multiplies_in_bf16_where_the_hardware_does(monkeypatch):
-    ddpm, x, c = small_ddpm(), torch.randn(4, 1, 28, 28), torch.arange(4)
-    exact = ddpm.guided_v(x, c, 20, 1.0)
-    monkeypatch.setattr(ddpm_model, "hardware_has_bf16", lambda device: True)
-    rounded = ddpm.guided_v(x, c, 20, 1.0)
-    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
-    assert (rounded - exact).abs().mean() < 0.02 * exact.abs().mean()
-
-
-def calls_of(ddpm: DDPM, work: Callable[[], object]) -> list[tuple[torch.Tensor, ...]]:
-    """(x_t, x0_hat, v, the x0 that they imply) of each time that work asks the network."""
+def network_calls(ddpm: DDPM, work: Callable[[], object]) -> list[tuple[Tensor, ...]]:
+    """(x_t, c, t as int64, context_mask) of each time that work asks the network."""
     calls = []
 
-    def remember(net, inputs, v):
-        x_t, _, t, _, *x0_hat = inputs
-        alphabar = ddpm.alphabar[(t * ddpm.n_T).round().long()][:, None, None, None]
-        calls.append((x_t, *(x0_hat or [None]), v, predict_x0(x_t, v, alphabar)))
+    def remember(net, inputs, output):
+        x, c, t, context_mask = inputs
+        calls.append((x, c, (t * ddpm.n_T).round().long(), context_mask))
 
     hook = ddpm.nn_model.register_forward_hook(remember)
     work()
@@ -286,143 +188,185 @@ def calls_of(ddpm: DDPM, work: Callable[[], object]) -> list[tuple[torch.Tensor,
     return calls
 
 
-def test_half_of_the_images_train_with_an_estimate_of_x0_from_the_network_itself():
-    ddpm, x = small_ddpm(), torch.rand(8, 1, 28, 28)
-    (seen, none, v, estimate), (x_t, x0_hat, _, _) = calls_of(ddpm, lambda: ddpm(x, torch.arange(8)))
-    assert torch.equal(seen, x_t[:4]) and none is None and not v.requires_grad
-    torch.testing.assert_close(x0_hat[:4], estimate)
-    assert (x0_hat[4:] == 0).all()
+def eps_theta(ddpm: DDPM, x: Tensor, c: Tensor, t: int, context_mask: Tensor) -> Tensor:
+    """The eps that the network's v stands for: x_t and v are a rotation of x_0 and eps."""
+    v = ddpm.nn_model(x, c, torch.full((len(x),), t / T), context_mask)
+    return (1 - alphabar[t]).sqrt() * x + alphabar[t].sqrt() * v
 
 
-@pytest.mark.parametrize("steps", [40, 10])
-def test_each_step_of_sampling_starts_from_the_estimate_of_the_step_before(steps):
-    ddpm = small_ddpm()
-    calls = calls_of(ddpm, lambda: ddpm.sample(torch.arange(4), 0, steps))
-    assert (calls[0][1] == 0).all()
-    for (_, _, _, before), (_, x0_hat, _, _) in itertools.pairwise(calls):
-        torch.testing.assert_close(x0_hat, before, rtol=1e-4, atol=1e-4)
+# ---- Schedule and training -------------------------------------------------------------------------------------------
 
 
-def test_an_estimate_of_x0_counts_and_none_is_middle_grey():
-    net, x, c = randomised(ContextUnet(n_feat=8)), torch.randn(2, 1, 28, 28), torch.arange(2)
-    t, keep = torch.full((2,), 0.5), torch.ones(2)
-    v = net(x, c, t, keep)
-    assert torch.equal(v, net(x, c, t, keep, torch.zeros_like(x)))
-    assert (v - net(x, c, t, keep, torch.ones_like(x))).abs().mean() > 1e-3
+@pytest.mark.parametrize("n_T", [21, 40, 400, 1000, 10_000])
+def test_schedule_is_the_closed_form_and_ends_in_noise(n_T):
+    schedule = ddpm_schedule(n_T).double()
+    betas = [(1e-4 + (0.02 - 1e-4) * i / (n_T - 1)) * 1000 / n_T for i in range(n_T)]
+    expected = itertools.accumulate(betas, lambda product, beta: product * (1 - beta), initial=1.0)
+    torch.testing.assert_close(schedule, torch.tensor(list(expected), dtype=torch.float64), rtol=1e-6, atol=0)
+    assert schedule[-1] < 1e-4
 
 
-def test_without_guidance_the_null_half_is_not_computed():
-    ddpm, sizes = small_ddpm(), []
-    ddpm.nn_model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    ddpm.guided_v(torch.randn(4, 1, 28, 28), torch.arange(4), 5, 0)
-    ddpm.guided_v(torch.randn(4, 1, 28, 28), torch.arange(4), 5, 1)
-    assert sizes == [4, 8]
+def test_noised_images_have_the_moments_of_equation_4():
+    ddpm = DDPM(Zero(), T)
+    image = torch.rand(1, 28, 28)
+    [(x_t, _, t, _)] = network_calls(ddpm, lambda: ddpm(image.expand(8000, 1, 28, 28), torch.zeros(8000).long()))
+    for step in range(1, T + 1):
+        noise = x_t[t == step].double() - alphabar[step].sqrt() * (2 * image - 1)
+        n = len(noise)
+        variance = 1 - alphabar[step]
+        assert noise.mean(dim=0).abs().max() < 6 * (variance / n).sqrt()  # six standard errors
+        assert noise.square().mean().item() == pytest.approx(variance.item(), rel=6 * (2 / (784 * n)) ** 0.5)
 
 
-@pytest.mark.parametrize("steps", [40, 10])
-def test_guidance_acts_in_its_interval_alone(steps):
-    ddpm, calls = small_ddpm(), []
-    ddpm.nn_model.register_forward_hook(
-        lambda net, inputs, v: calls.append((round(inputs[2][0].item() * 40) / 40, len(v)))
-    )
-    ddpm.sample(torch.arange(4), guide_w=1.0, steps=steps)
-    assert {size for time, size in calls} == {4, 8}  # without and with the null half
-    assert all((size == 8) == (GUIDED[0] < time <= GUIDED[1]) for time, size in calls)
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_training_visits_timesteps_as_often_as_it_should(batch):
+    ddpm = DDPM(Zero(), T)
+    x = torch.rand(batch, 1, 28, 28)
+    c = torch.zeros(batch, dtype=torch.int64)
+    n = 4000 // batch
+    calls = network_calls(ddpm, lambda: [ddpm(x, c) for _ in range(n)])
+    counts = torch.bincount(torch.cat([t for _, _, t, _ in calls]), minlength=T + 1)
+    expected = n * batch * timestep_probabilities()
+    assert counts[0] == 0
+    assert ((counts[1:] - expected).abs() < 5 * expected.sqrt()).all()
 
 
-def test_an_image_does_not_depend_on_its_batch():
-    net, x, c = randomised(ContextUnet(n_feat=8)), torch.randn(5, 1, 28, 28), torch.arange(5)
-    t, mask = torch.rand(5), torch.tensor([1.0, 0, 1, 0, 1])
-    together = net(x, c, t, mask)
-    assert together.shape == x.shape
-    for i in range(5):
-        alone = net(x[i : i + 1], c[i : i + 1], t[i : i + 1], mask[i : i + 1])
-        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("drop_prob", [0, 0.1, 1])
+def test_training_hides_the_class_with_drop_prob(drop_prob):
+    ddpm = DDPM(Zero(), T, drop_prob)
+    [(*_, kept)] = network_calls(ddpm, lambda: ddpm(torch.rand(10_000, 1, 28, 28), torch.zeros(10_000).long()))
+    error = 5 * (drop_prob * (1 - drop_prob) / 10_000) ** 0.5
+    assert kept.double().mean().item() == pytest.approx(1 - drop_prob, abs=error)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
 def test_odd_batches_train(batch):
-    ddpm = small_ddpm().train()
+    ddpm = DDPM(ContextUnet(n_feat=8), T)
     ddpm(torch.rand(batch, 1, 28, 28), torch.arange(batch)).backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in ddpm.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ddpm.parameters())
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 39, 40, None])
-def test_sampling_with_the_perfect_network_ends_at_the_data(steps):
-    betas, image = DDPM.default_betas(40), torch.rand(1, 1, 28, 28)
-    ddpm = DDPM(Oracle(2 * image - 1, betas, 40), betas, 40)
-    states = list(ddpm.denoise(torch.zeros(3, dtype=torch.long), 0, steps))
-    assert len(states) == (steps or 40) + 1
-    assert all(state.shape == (3, 1, 28, 28) and state.min() >= 0 and state.max() <= 1 for state in states)
-    torch.testing.assert_close(states[-1], image.expand(3, -1, -1, -1), atol=1e-3, rtol=0)
+# ---- The network -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("std", [0.2, 0.05])
-@pytest.mark.parametrize("steps", [400, 50, 20])
-def test_sampling_a_gaussian_gives_its_variance(steps, std):
-    """For data N(0, std^2) the exact network is known, so what the sampler gets wrong is its own. std is small enough
-    that the clipping of x0 hardly ever acts. At first order, all three miss it at std 0.05."""
-    c = torch.zeros(500, dtype=torch.long)
-    x0 = 2 * gaussian_ddpm(400, std).sample(c, 0, steps, torch.Generator().manual_seed(0)) - 1
-    assert x0.mean().item() == pytest.approx(0, abs=5 * std / x0.numel() ** 0.5)
-    assert x0.std().item() == pytest.approx(std, rel=0.05)
+def test_hidden_class_does_not_count():
+    net = small_ddpm().nn_model
+    x = torch.randn(1, 1, 28, 28).expand(10, 1, 28, 28)
+    t = torch.full((10,), 0.5)
+    hidden = net(x, torch.arange(10), t, HIDE)
+    kept = net(x, torch.arange(10), t, KEEP)
+    torch.testing.assert_close(hidden, hidden[:1].expand_as(hidden))
+    different = torch.cat([kept, hidden[:1]])
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(different, 2))
 
 
-def test_few_steps_are_second_order():
-    """From x_T, the probability flow of data N(0, std^2) leads to x_0 = std x_T. Twice the steps bring the sampler four
-    times as close to it; at first order it would be twice."""
-    std, c = 0.2, torch.zeros(50, dtype=torch.long)
-    ddpm, errors = gaussian_ddpm(10_000, std), {}
-    for steps in (40, 80, 160):
-        x_T = torch.randn(50, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-        x_0 = 2 * ddpm.sample(c, 0, steps, torch.Generator().manual_seed(1)) - 1
-        errors[steps] = (x_0 - std * x_T).abs().mean().item() / std
-    assert errors[40] < 0.02 and errors[40] / errors[80] > 3 and errors[80] / errors[160] > 3
+def test_image_does_not_depend_on_its_batch():
+    net = small_ddpm().nn_model
+    inputs = (torch.randn(5, 1, 28, 28), torch.arange(5), torch.rand(5), torch.arange(5) % 2 == 0)
+    together = net(*inputs)
+    assert together.shape == (5, 1, 28, 28)
+    for i in range(5):
+        alone = net(*[tensor[i : i + 1] for tensor in inputs])
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-4)
 
 
-def test_all_steps_are_ancestral_sampling():
-    """Each x_s is a draw from q(x_s | x_t, x0), as Bayes' rule has it: the precisions of q(x_t | x_s) and q(x_s | x0)
-    add, and so do their precision-weighted means."""
-    betas, x0 = DDPM.default_betas(40), 2 * torch.rand(1, 1, 28, 28) - 1
-    ddpm, calls = DDPM(Oracle(x0, betas, 40), betas, 40), []
-    ddpm.nn_model.register_forward_hook(lambda net, inputs, v: calls.append(inputs[0]))
-    ddpm.sample(torch.zeros(200, dtype=torch.long), 0, None, torch.Generator().manual_seed(0))
-    for t, (x_t, x_s) in zip(range(40, 1, -1), itertools.pairwise(calls), strict=True):
-        alpha, a_s = (ddpm.alphabar[t] / ddpm.alphabar[t - 1]).item(), ddpm.alphabar[t - 1].item()
-        precision = alpha / (1 - alpha) + 1 / (1 - a_s)
-        mean = (alpha**0.5 * x_t / (1 - alpha) + a_s**0.5 * x0 / (1 - a_s)) / precision
-        z, error = (x_s - mean) * precision**0.5, 5 / x_s.numel() ** 0.5 + 1e-3
-        assert abs(z.mean().item()) < error and z.std().item() == pytest.approx(1, abs=error)
-        assert abs((z * (x_t - x_t.mean())).mean().item()) < error
+def test_network_exports_with_any_batch_size():
+    net = small_ddpm().nn_model.eval()
+    inputs = (torch.randn(5, 1, 28, 28), torch.arange(5), torch.rand(5), torch.arange(5) % 2 == 0)
+    batch = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(net, tuple(tensor[:3] for tensor in inputs), dynamic_shapes=(batch,) * 4)
+    torch.testing.assert_close(exported.module()(*inputs), net(*inputs))
 
 
-@pytest.mark.parametrize("steps", [40, 10])
-def test_x0_that_the_network_puts_out_of_range_is_clipped_at_each_step(steps):
-    betas = DDPM.default_betas(40)  # strong guidance drives x0 far out on a black background
-    ddpm = DDPM(Oracle(torch.tensor(-3.0), betas, 40), betas, 40)
-    assert ddpm.sample(torch.zeros(2, dtype=torch.long), 0, steps).max() < 1e-5
-    assert ddpm.nn_model.x_t.mean().item() == pytest.approx(-X0_LIMIT, abs=0.05)  # at the last step, t = 1
+# ---- Sampling --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [400, 50])
-def test_small_errors_do_not_lift_a_black_background(steps):
-    """Errors of x0 around black that are 0 on average leave the image at black on average: none are cut off."""
-    betas = DDPM.default_betas(400)
-    ddpm = DDPM(Oracle(torch.tensor(-1.0), betas, 400, error=0.03), betas, 400)
-    ddpm.sample(torch.zeros(20, dtype=torch.long), 0, steps)
-    assert ddpm.nn_model.x_t.mean().item() == pytest.approx(-1, abs=0.002)
+@pytest.mark.parametrize("steps", [1, 2, 7, 39, T, None])
+@pytest.mark.parametrize("eta", [0, 1])
+def test_sampling_with_the_perfect_network_ends_at_the_data(steps, eta):
+    images = 0.9 * (2 * torch.rand(10, 1, 28, 28) - 1)
+    ddpm = DDPM(Gaussian(images, std=0), T)
+    states = list(ddpm.denoise(torch.arange(10), 0, steps, eta))
+    assert len(states) == (steps or T) + 1
+    assert all(x.shape == (10, 1, 28, 28) and x.dtype == torch.float32 for x in states)
+    torch.testing.assert_close(states[-1], (images + 1) / 2, rtol=0, atol=1e-3)
 
 
-def test_seed_repeats_the_sample_and_another_seed_does_not():
-    ddpm, c = small_ddpm(), torch.arange(4)
-    first, again, other = (ddpm.sample(c, 0.5, None, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+@pytest.mark.parametrize(("steps", "eta"), [(400, 1), (400, 0), (50, 0)])
+def test_sampling_a_gaussian_gives_its_mean_and_variance(steps, eta):
+    ddpm = DDPM(Gaussian(MEANS / 3, std=0.2, n_T=400), 400)
+    c = torch.arange(10).repeat(20)
+    error = 2 * ddpm.sample(c, 0, steps, eta) - 1 - MEANS[c] / 3
+    assert error.mean().item() == pytest.approx(0, abs=5 * 0.2 / error.numel() ** 0.5)
+    assert error.std().item() == pytest.approx(0.2, rel=0.05)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 41])
-def test_impossible_steps_are_an_error(steps):
-    with pytest.raises(ValueError, match=r"1 \.\. 40"):
-        small_ddpm().sample(torch.arange(2), steps=steps)
+@pytest.mark.parametrize("steps", [1, 2, 20, 50, 399, 400])
+def test_steps_visit_as_many_timesteps(steps):
+    ddpm = DDPM(Zero(), 400)
+    calls = network_calls(ddpm, lambda: ddpm.sample(torch.zeros(1).long(), 0, steps))
+    visited = [t.item() for _, _, t, _ in calls]
+    assert len(visited) == steps
+    assert visited[0] == 400
+    assert visited[-1] >= 1
+    assert all(t > s for t, s in itertools.pairwise(visited))
+
+
+@pytest.mark.parametrize("w", [0, 1])
+def test_null_half_is_computed_in_the_interval_alone(w):
+    ddpm = small_ddpm()
+    calls = network_calls(ddpm, lambda: ddpm.sample(torch.arange(10), guide_w=w))
+    asked = [(t[0].item(), mask.double().mean().item()) for _, _, t, mask in calls]
+    kept = [(t, 1) for t in range(1, T + 1)]
+    null = [(t, 0) for t in range(1, T + 1) if w and GUIDANCE_INTERVAL[0] < t / T <= GUIDANCE_INTERVAL[1]]
+    assert sorted(asked) == sorted(kept + null)
+    assert not w or 0 < len(null) < T
+
+
+def test_seed_repeats_the_digits():
+    ddpm = small_ddpm()
+    first, again, other = (ddpm.sample(torch.arange(4), generator=seed(number)) for number in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_impossible_steps_are_an_error():
+    for steps in (0, -1, T + 1):
+        with pytest.raises(ValueError, match=r"1 \.\. 40"):
+            small_ddpm().sample(torch.arange(2), steps=steps)
+    for eta in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="eta"):
+            small_ddpm().sample(torch.arange(2), eta=eta)
+
+
+def test_impossible_classes_are_an_error():
+    ddpm = small_ddpm()
+    for label in (10, -1):
+        with pytest.raises(ValueError, match=r"0 \.\. 9"):
+            ddpm.sample(torch.tensor([3, label]), steps=1)
+    for c in (torch.tensor([3], dtype=torch.int32), torch.tensor([3.0]), torch.tensor([3], device="meta")):
+        with pytest.raises(ValueError, match="int64 on cpu"):
+            ddpm.sample(c, steps=1)
+
+
+def test_digits_are_ordinary_tensors():
+    weight = torch.ones(1, requires_grad=True)
+    ddpm = small_ddpm()
+    expected = ddpm.sample(torch.arange(2), steps=3, generator=seed(1))
+    for x in ddpm.denoise(torch.arange(2), steps=3, generator=seed(1)):
+        assert not x.requires_grad
+        last = x.clone()
+        (weight * x).sum().backward()
+        x.mul_(2)  # changes nothing of what follows
+    assert torch.equal(last, expected)
+    expected.mul_(2)
+    (weight * expected).sum().backward()
+    assert weight.grad.item() > 0
+
+
+def test_what_is_nearly_black_or_white_becomes_so():
+    x = torch.tensor([-5, -1, -0.97, -0.95, 0, 0.95, 0.97, 1, 5])
+    torch.testing.assert_close(to_image(x), torch.tensor([0, 0, 0, 0.025, 0.5, 0.975, 1, 1, 1]))
 
 
 @pytest.mark.parametrize(("n", "columns"), [(1, 1), (9, 3), (7, 3), (10, 5), (2, 5)])
@@ -430,21 +374,78 @@ def test_grid_has_the_geometry_of_torchvision(n, columns):
     from torchvision.utils import make_grid
 
     images = torch.rand(n, 1, 28, 28)
-    expected = (make_grid(images, nrow=columns)[0] * 255).round().byte().numpy() if n > 1 else None
     grid = image_grid(images, columns)
     assert grid.dtype == "uint8"
-    if n > 1:  # make_grid returns a single image without its borders
-        assert (grid == expected).all()
-    else:
-        assert grid.shape == (32, 32) and (grid[2:30, 2:30] == (images[0, 0] * 255).round().byte().numpy()).all()
+    expected = make_grid(images, nrow=columns)[0]
+    if n == 1:
+        expected = nn.functional.pad(expected, (2, 2, 2, 2))  # make_grid gives a single image no border
+    assert (grid == (expected * 255).round().byte().numpy()).all()
     scaled = image_grid(images, columns, scale=3)
-    assert scaled.shape == (3 * grid.shape[0], 3 * grid.shape[1]) and (scaled[1::3, 2::3] == grid).all()
+    assert scaled.shape == (3 * grid.shape[0], 3 * grid.shape[1])
+    assert all((scaled[i::3, j::3] == grid).all() for i in range(3) for j in range(3))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 20, 50, 399, 400])
-def test_steps_visit_as_many_timesteps_from_the_last_to_the_first(steps):
-    ddpm, visited = DDPM(Witness(), DDPM.default_betas(400), 400), []
-    ddpm.nn_model.register_forward_hook(lambda net, inputs, output: visited.append(round(net.t[0].item() * 400)))
-    ddpm.sample(torch.zeros(1, dtype=torch.long), 0, steps)
-    assert len(visited) == steps and visited[0] == 400 and visited[-1] >= 1
-    assert all(t > s for t, s in itertools.pairwise(visited))
+# ---- Devices and precision -------------------------------------------------------------------------------------------
+
+
+def test_training_step_does_not_mix_devices():
+    """On the meta device tensors have no values, but an operation on two devices fails as it does with a GPU."""
+    ddpm = small_ddpm().to("meta")
+    optimizer = torch.optim.AdamW(ddpm.parameters())
+    loss = ddpm(torch.rand(4, 1, 28, 28, device="meta"), torch.arange(4, device="meta"))
+    loss.backward()
+    optimizer.step()
+    assert loss.device.type == "meta"
+
+
+def test_sampling_does_not_mix_devices(monkeypatch):
+    ddpm = small_ddpm()
+    ddpm.nn_model.to("meta")
+    monkeypatch.setattr(ddpm, "check_arguments", lambda *args: None)  # it reads c, which has no values there
+    for x in ddpm.denoise(torch.arange(4, device="meta"), guide_w=1, steps=10):
+        assert x.device.type == "meta"
+
+
+def test_bf16_stays_inside_the_network():
+    ddpm = small_ddpm()
+    x = torch.rand(4, 1, 28, 28)
+    c = torch.arange(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ddpm.nn_model(x, c, torch.rand(4), KEEP[:4]).dtype == torch.bfloat16
+        assert ddpm(x, c).dtype == torch.float32
+        assert all(x.dtype == torch.float32 for x in ddpm.denoise(c, steps=3))
+
+    ddpm = DDPM(Zero(), T)
+    expected = ddpm.sample(c, generator=seed(1))
+    ddpm.nn_model.register_forward_hook(lambda net, inputs, v: v.bfloat16())
+    assert torch.equal(ddpm.sample(c, generator=seed(1)), expected)  # a zero is exact in bf16
+
+
+@pytest.mark.parametrize("name", ["meta", "hpu", "privateuseone", "xla", "quantum", "cuda:99", ""])
+def test_device_that_is_not_here_is_a_usage_error(name, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", type=pick_device)
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--device", name])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"must be auto, or a device of this machine such as cpu, not {name!r}" in error
+
+
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_gpu_computes_in_bf16_where_that_is_native(monkeypatch, capability, native):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert isinstance(autocast(torch.device("cuda")), torch.autocast) == native
+
+
+@pytest.mark.parametrize("capabilities", [{"avx512_bf16": True}, {"amx_bf16": True}, {"amx_bf16": False}, {}, None])
+def test_cpu_computes_in_bf16_where_that_is_native(monkeypatch, capabilities):
+    if capabilities is None:  # torch is too old to tell
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    native = True in (capabilities or {}).values()
+    for device, expected in (("cpu", native), ("mps", False)):
+        with autocast(torch.device(device)):
+            assert ((torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16) == expected

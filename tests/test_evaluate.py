@@ -8,7 +8,15 @@ import torch
 from ddpm_model import DDPM, ContextUnet, save_weights
 from tests import evaluate
 from tests.conftest import assert_one_line_error
-from tests.evaluate import FIXTURE, corner_brightness, figures, first_of_each_class, frechet_distance, share_inside
+from tests.evaluate import (
+    FIXTURE,
+    corner_brightness,
+    figures,
+    first_of_each_class,
+    frechet_distance,
+    share_inside,
+    told_apart,
+)
 
 
 def test_frechet_distance_of_gaussians():
@@ -19,7 +27,7 @@ def test_frechet_distance_of_gaussians():
     assert frechet_distance(2 * a + torch.tensor([1.0, 2.0, 0.0]), b) == pytest.approx(5 + 3, rel=0.02)
 
 
-def test_frechet_distance_does_not_change_when_both_are_rotated():
+def test_frechet_distance_of_rotated_sets():
     a, b = torch.randn(2, 500, 4, dtype=torch.float64)
     b = b @ torch.randn(4, 4, dtype=torch.float64)
     q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
@@ -44,7 +52,15 @@ def test_corners():
     assert corner_brightness(images) == pytest.approx(0.25)
 
 
-def test_figures_of_real_images_are_those_of_a_good_model_and_of_shuffled_labels_are_not():
+@pytest.mark.parametrize(("brightness", "low", "high"), [(1.0, 0.35, 0.65), (0.5, 0.95, 1.0)])
+def test_two_sample_test(brightness, low, high):
+    """Two sets from one distribution cannot be told apart, and sets of another brightness can."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 400, 1, 28, 28, generator=generator)
+    assert low <= told_apart(a, brightness * b) <= high
+
+
+def test_figures_of_real_images():
     real = torch.load(FIXTURE, weights_only=True)
     some = first_of_each_class(real["train_labels"], 50)
     features, predicted, labels = real["train"][some].float(), real["train_predicted"][some], real["train_labels"][some]
@@ -57,8 +73,8 @@ def test_figures_of_real_images_are_those_of_a_good_model_and_of_shuffled_labels
     ) > 10 * float(fid)
 
 
-def test_more_steps_than_the_weights_have_are_one_line(tmp_path, call, monkeypatch):
-    save_weights(tmp_path / "small.pth", DDPM(ContextUnet(n_feat=8), DDPM.default_betas(40), 40))
+def test_too_many_steps(tmp_path, call, monkeypatch):
+    save_weights(tmp_path / "small.pth", DDPM(ContextUnet(n_feat=8), n_T=40))
     monkeypatch.setitem(sys.modules, "evaluate", evaluate)
     result = call(tmp_path, "evaluate.py", "--weights", "small.pth", "--steps", "20", "41")
     assert_one_line_error(result, "1 to 40", "small.pth")

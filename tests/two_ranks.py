@@ -1,13 +1,17 @@
-"""Runs train_ddpm.py's trainer and looks into it, under torchrun: see test_training.py.
+"""Runs train_ddpm.py and looks into it, under torchrun: see test_training.py.
 
---same-noise   each image's noise, timestep and condition depend on the image alone, not on its rank or place
+--same-noise   each image's noise, timestep and condition depend on the image alone, not on its rank or place; fp32
 --die          the second rank is killed in its third epoch
+--fail         the second rank runs out of memory in its third epoch
 """
 
+import contextlib
+import copy
 import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -16,54 +20,59 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_ddpm
 from ddpm_model import DDPM
 
-OWN = {name: name in sys.argv for name in ("--same-noise", "--die")}
+OWN = {name: name in sys.argv for name in ("--same-noise", "--die", "--fail")}
 sys.argv = [arg for arg in sys.argv if arg not in OWN]
+N_IMAGES, N_BATCHES = 64, 5
+
+seen: list[torch.Tensor] = []  # the numbers of the images of each step
+models: list[DDPM] = []
+forward, destroy_process_group = DDPM.forward, dist.destroy_process_group
 
 
-def loss_of_fixed_noise(self: DDPM, x: torch.Tensor, c: torch.Tensor, others: object) -> torch.Tensor:
-    """A training loss whose random numbers are a function of the image."""
-    total = 0.0
-    for image, label in zip(x, c):
-        generator = torch.Generator().manual_seed(int(image.sum()) * 10 + int(label))
-        t = torch.randint(1, self.n_T + 1, (1,), generator=generator)
-        x0 = 2 * image[None] - 1
-        x_t = self.add_noise(x0, t, torch.randn(1, 1, 28, 28, generator=generator))
-        v = self.expected_v(x_t, t, x0, torch.ones(1, 1, dtype=torch.bool))
-        total = total + (self.nn_model(x_t, label[None], t / self.n_T, torch.ones(1)) - v).square().mean()
-    return total / len(x)
+def watched_forward(self: DDPM, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    if os.environ.get("RANK") == "1" and len(seen) == 2 * N_BATCHES:
+        if OWN["--die"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if OWN["--fail"]:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    numbers = (255 * x[:, 0, 0, 0]).round().long()
+    seen.append(numbers)
+    if not OWN["--same-noise"]:
+        return forward(self, x, c)
+    losses = []
+    for image, label, number in zip(x, c, numbers.tolist()):
+        torch.manual_seed(number)
+        losses.append(forward(self, image[None], label[None]))
+    return torch.stack(losses).mean()
 
 
-visited: list[torch.Tensor] = []
-step, run = train_ddpm.Trainer.step, train_ddpm.Trainer.run
+def watched_copy(ddpm: DDPM) -> DDPM:
+    models.extend([ddpm, copy.deepcopy(ddpm)])
+    return models[1]
 
 
-def watched_step(self, index, number):
-    if OWN["--die"] and self.rank == 1 and self.epoch == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    visited.append(index.tensor_split(self.world)[self.rank])
-    return step(self, index, number)
-
-
-def watched_run(self):
-    run(self)
-    if self.world == 1:
-        return
-    for parameter in [*self.ddpm.parameters(), *self.ema.parameters()]:
-        of_rank_0 = parameter.detach().clone()
-        dist.broadcast(of_rank_0, 0)
-        assert torch.equal(parameter, of_rank_0)
-    mine = torch.cat(visited).reshape(self.epoch, -1)  # a row an epoch
-    of_all = [None] * self.world
-    dist.all_gather_object(of_all, mine)
-    for epoch in torch.cat(of_all, dim=1):
-        assert torch.equal(epoch.sort().values, torch.arange(len(self.images)))
-    if self.rank == 0:
+def check_and_destroy() -> None:
+    for model in models:
+        for parameter in model.parameters():
+            of_rank_0 = parameter.detach().clone()
+            dist.broadcast(of_rank_0, 0)
+            assert torch.equal(parameter, of_rank_0)
+    of_all = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, torch.cat(seen))
+    epochs = len(seen) // N_BATCHES
+    for epoch in torch.cat([numbers.reshape(epochs, -1) for numbers in of_all], dim=1):
+        assert torch.equal(epoch.sort().values, torch.arange(N_IMAGES))
+    if dist.get_rank() == 0:
         print("identical ranks, each image once an epoch")
+    models.clear()  # their parameters hold the process group
+    destroy_process_group()
 
 
+DDPM.forward = watched_forward
+train_ddpm.copy = SimpleNamespace(deepcopy=watched_copy)
+dist.destroy_process_group = check_and_destroy
 if OWN["--same-noise"]:
-    DDPM.forward = loss_of_fixed_noise
-train_ddpm.Trainer.step, train_ddpm.Trainer.run = watched_step, watched_run
+    train_ddpm.autocast = lambda device: contextlib.nullcontext()
 train_ddpm.main()
-threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]  # where there is such a folder
+threads = [file.read_text(encoding="utf-8") for file in Path("/proc/self/task").glob("*/comm")]  # none without /proc
 assert not any("gloo" in name for name in threads), threads  # one that is left can abort Python while it shuts down
