@@ -147,7 +147,7 @@ def test_file_of_the_previous_version(path):
     ("key", "value"),
     [
         ("n_feat", 16),
-        ("n_feat", 1024),
+        ("n_feat", 256),
         ("n_feat", 2**40),
         ("n_feat", -8),
         ("n_feat", 0),
