@@ -1,5 +1,6 @@
 """What the tests share: a copy of the project, a small data set in MNIST's format, and ways to run the scripts."""
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -70,13 +71,16 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.fixture
-def file_limit():
-    """A function that limits the size of files: what is written beyond it fails, as on a full disk."""
+@contextlib.contextmanager
+def file_limit(n_bytes: int):
+    """What is written beyond this size fails, as on a full disk. Only around one call: pytest writes files too."""
     resource = pytest.importorskip("resource", reason="no limit on file sizes here")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, old[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def start(cwd: Path, *command: str, stdout: int = subprocess.PIPE, **env: str) -> subprocess.Popen:

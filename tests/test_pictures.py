@@ -15,7 +15,7 @@ from PIL import Image
 
 import inference_ddpm
 from ddpm_model import DDPM, ContextUnet, load_ddpm, save_weights
-from tests.conftest import PROJECT, SMALL_RUN, TOO_LONG, assert_one_line_error, link, pipe, run
+from tests.conftest import PROJECT, SMALL_RUN, TOO_LONG, assert_one_line_error, file_limit, link, pipe, run
 from tests.digit_classifier import judge, load_classifier
 
 GALLERY = PROJECT / "generated_outputs"
@@ -164,12 +164,12 @@ def test_videos_at_the_same_time(tmp_path):
         assert len(read_video(tmp_path / "video.mp4")[0]) == n + 2 * inference_ddpm.FPS
 
 
-def test_full_disk(quick, draw, file_limit):
+def test_full_disk(quick, draw):
     """OpenCV does not report it. The old video stays."""
     (quick / "out").mkdir()
     (quick / "out" / VIDEO).write_bytes(b"precious")
-    file_limit(10_000)
-    result = draw(quick, "--video", "--steps", "2", "--scale", "1", "--outdir", "out")
+    with file_limit(10_000):
+        result = draw(quick, "--video", "--steps", "2", "--scale", "1", "--outdir", "out")
     assert_one_line_error(result, "frames")
     assert result.stdout == ""
     assert [path.name for path in (quick / "out").iterdir()] == [VIDEO]

@@ -28,6 +28,7 @@ from tests.conftest import (
     SMALL_RUN,
     TOO_LONG,
     assert_one_line_error,
+    file_limit,
     fill,
     pipe,
     posix,
@@ -232,12 +233,12 @@ def test_weights_that_cannot_be_written(workdir, train, weights):
     assert files(workdir) == before
 
 
-def test_full_disk(workdir, train, file_limit):
+def test_full_disk(workdir, train):
     """Refused before training, and what is there stays."""
     (workdir / "weights").mkdir()
     (workdir / STATE).write_bytes(b"precious")
-    file_limit(500_000)  # less than the state of this network takes
-    result = train(workdir, "--epochs", "1")
+    with file_limit(500_000):  # less than the state of this network takes
+        result = train(workdir, "--epochs", "1")
     assert_one_line_error(result, WEIGHTS, "too large", "nothing was trained")
     assert [path.name for path in (workdir / "weights").iterdir()] == [STATE.name]
 
