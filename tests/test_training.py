@@ -402,8 +402,8 @@ def test_images_of_another_size(workdir, train):
 @pytest.mark.parametrize(
     ("options", "allowed"),
     [("--epochs 0", "from 1"), ("--batch-size 0", "from 1"), ("--lr 0", "from 1e-08"), ("--lr nan", "to 1"),
-     ("--drop-prob 1.1", "from 0 to 1"), ("--drop-prob -0.1", "from 0 to 1"), ("--n-feat 0", "from 1 to 1024"),
-     ("--n-feat 1025", "from 1 to 1024"), ("--n-T 20", "from 21 to 10000"), ("--save-every 0", "from 1"),
+     ("--drop-prob 1.1", "from 0 to 1"), ("--drop-prob -0.1", "from 0 to 1"), ("--n-feat 0", "from 1 to 256"),
+     ("--n-feat 257", "from 1 to 256"), ("--n-T 20", "from 21 to 10000"), ("--save-every 0", "from 1"),
      ("--seed -1", "from 0"), ("--device quantum", "device")],
 )  # fmt: skip
 def test_impossible_options(tmp_path, call, options, allowed):
