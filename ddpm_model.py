@@ -362,14 +362,12 @@ def image_grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
 
     Each pixel becomes scale x scale. This is the geometry of torchvision's make_grid(padding=2).
     """
-    tiles = (images[:, 0] * 255).round().to(torch.uint8).cpu().numpy()
-    columns = min(columns, len(tiles))
-    rows = math.ceil(len(tiles) / columns)
-    grid = np.zeros((30 * rows + 2, 30 * columns + 2), np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = 30 * (i // columns) + 2, 30 * (i % columns) + 2
-        grid[top : top + 28, left : left + 28] = tile
-    return grid.repeat(scale, axis=0).repeat(scale, axis=1)
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    tiles = F.pad(images[:, 0], (2, 0, 2, 0, 0, rows * columns - len(images)))  # [rows * columns, 30, 30]
+    grid = tiles.unflatten(0, (rows, columns)).transpose(1, 2).reshape(30 * rows, 30 * columns)
+    pixels = (F.pad(grid, (0, 2, 0, 2)) * 255).round().to(torch.uint8).cpu().numpy()
+    return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def say(text: str) -> None:

@@ -40,6 +40,7 @@ from ddpm_model import (
 
 WARMUP_STEPS = 500
 EMA_DECAY = 0.999
+KEPT = "--resume goes on from the last save, if there is one"
 SAVED_OPTIONS = ("epochs", "batch_size", "lr", "drop_prob", "n_feat", "n_T", "save_every", "seed")
 
 
@@ -79,15 +80,14 @@ def load_mnist(data_dir: Path) -> tuple[Tensor, Tensor]:
     raw = data_dir / "MNIST" / "raw"
     image_file = raw / "train-images-idx3-ubyte"
     label_file = raw / "train-labels-idx1-ubyte"
-    missing = [str(file) for file in (image_file, label_file) if not os.path.isfile(file)]
-    if missing:
+    if not (os.path.isfile(image_file) and os.path.isfile(label_file)):
         try:
             MNIST(data_dir, download=True)
         except Exception as error:  # no network, a refusal, a full disk: each has a type of its own
-            missing = [file for file in missing if not os.path.isfile(file)]
+            missing = " and ".join(str(file) for file in (image_file, label_file) if not os.path.isfile(file))
             reason = " ".join(str(error).split()) or type(error).__name__
             if missing:  # else it is the test set that could not be had, which training does not read
-                sys.exit(f"error: cannot download {' and '.join(missing)} ({reason}); put it there by hand, unpacked")
+                sys.exit(f"error: cannot download {missing} ({reason}); put it there by hand, unpacked")
 
     images = read_idx(image_file, mnist.read_image_file)
     labels = read_idx(label_file, mnist.read_label_file)
@@ -143,15 +143,15 @@ def train() -> None:
     """Reads the options, trains, and saves as it goes."""
     parser = make_parser()
     args = parser.parse_args()
-    state_path = Path(f"{args.weights}.train")
+    state_file = Path(f"{args.weights}.train")
     if args.resume:
         try:
-            state = read_state(state_path)
+            state = read_state(state_file)
             parser.set_defaults(**state["options"])
         except WeightsError as error:
             sys.exit(f"error: {error}")
         except (LookupError, TypeError):
-            sys.exit(f"error: {state_path} is not a training state; start anew without --resume")
+            sys.exit(f"error: {state_file} is not a training state; start anew without --resume")
         args = parser.parse_args()
 
     rank, world, device = join_processes(args.device)
@@ -172,11 +172,11 @@ def train() -> None:
     ema = copy.deepcopy(ddpm).requires_grad_(False)  # the average of the weights over the last steps
     optimizer = torch.optim.AdamW(ddpm.parameters())
     parts = {"ddpm": ddpm, "ema": ema, "optimizer": optimizer}
-    saved_epoch = restore(parts, state, state_path) if args.resume else 0
+    saved_epoch = restore(parts, state, state_file) if args.resume else 0
     model = nn.parallel.DistributedDataParallel(ddpm) if world > 1 else ddpm  # averages the gradients
 
     if rank == 0:
-        check_writable(state_path, ddpm)
+        check_writable(state_file, ddpm)
         check_writable(args.weights, ddpm)
         if args.weights.exists() and not args.resume:
             say(f"{args.weights} exists and is replaced at the first save (--weights: elsewhere)")
@@ -185,62 +185,50 @@ def train() -> None:
             say(f"going on after epoch {saved_epoch}")
         if saved_epoch >= args.epochs:
             say("nothing is left to train; --epochs with a larger number goes on")
-    try:
-        for epoch in range(saved_epoch + 1, args.epochs + 1):
-            # Random numbers start anew at each epoch, so a resumed run repeats the run that was not stopped.
-            seed = 100_000 * args.seed + epoch
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(device)
-            torch.manual_seed(1000 * seed + rank)
-            total = torch.zeros((), device=device)
-            start = time.perf_counter()
 
-            for i, batch in enumerate(order.tensor_split(n_batches)):
-                step = n_batches * (epoch - 1) + i
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, n_steps, args.lr)
+    for epoch in range(saved_epoch + 1, args.epochs + 1):
+        # Random numbers start anew at each epoch, so a resumed run repeats the run that was not stopped.
+        seed = 100_000 * args.seed + epoch
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(device)
+        torch.manual_seed(1000 * seed + rank)
+        total = torch.zeros((), device=device)
+        start = time.perf_counter()
 
-                shard = batch.tensor_split(world)[rank]
-                x = images[shard][:, None] / 255
-                c = labels[shard]
-                with autocast(device):
-                    loss = model(x, c)
-                loss = loss * len(shard) * world / len(batch)  # shards may differ in size by one
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+        for i, batch in enumerate(order.tensor_split(n_batches)):
+            step = n_batches * (epoch - 1) + i
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, n_steps, args.lr)
 
-                decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short at first, to forget the random start
-                with torch.no_grad():
-                    for average, parameter in zip(ema.parameters(), ddpm.parameters()):
-                        average.lerp_(parameter, 1 - decay)
+            shard = batch.tensor_split(world)[rank]
+            x = images[shard][:, None] / 255
+            c = labels[shard]
+            with autocast(device):
+                loss = model(x, c)
+            loss = loss * len(shard) * world / len(batch)  # shards may differ in size by one
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
-                total += loss.detach()
-                if rank == 0 and i % 20 == 0:  # not at each step: reading the loss waits for the GPU
-                    show_progress(report(epoch, args.epochs, (i + 1) / n_batches, total.item() / (i + 1), start))
+            decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short at first, to forget the random start
+            with torch.no_grad():
+                for average, parameter in zip(ema.parameters(), ddpm.parameters()):
+                    average.lerp_(parameter, 1 - decay)
 
-            if world > 1:
-                dist.all_reduce(total)
-            loss = total.item() / world / n_batches
-            show_progress("")
-            if not math.isfinite(loss):
-                sys.exit(f"error: the loss is {loss} in epoch {epoch}; a lower --lr may help; {is_saved(saved_epoch)}")
-            if rank == 0:
-                say(report(epoch, args.epochs, 1, loss, start))
-                if epoch % args.save_every == 0 or epoch == args.epochs:
-                    options = {name: getattr(args, name) for name in SAVED_OPTIONS}
-                    states = {name: part.state_dict() for name, part in parts.items()}
-                    write_state(state_path, {"options": options, "epoch": epoch, **states})
-                    saved_epoch = epoch
-                    save_weights(args.weights, ema)
-                    say(f"saved {args.weights}")
-                    save_preview(args.weights, epoch, ema)
-    except KeyboardInterrupt:
+            total += loss.detach()
+            if rank == 0 and i % 20 == 0:  # not at each step: reading the loss waits for the GPU
+                show_progress(report(epoch, args.epochs, (i + 1) / n_batches, total.item() / (i + 1), start))
+
+        if world > 1:
+            dist.all_reduce(total)
+        loss = total.item() / world / n_batches
         show_progress("")
+        if not math.isfinite(loss):
+            sys.exit(f"error: the loss is {loss} in epoch {epoch}; a lower --lr may help; {KEPT}")
         if rank == 0:
-            print(f"stopped; {is_saved(saved_epoch)}", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(f"error: cannot write {error.filename} ({error.strerror}); {is_saved(saved_epoch)}")
+            say(report(epoch, args.epochs, 1, loss, start))
+            if epoch % args.save_every == 0 or epoch == args.epochs:
+                save(args, epoch, parts)
+
     if world > 1:
         dist.destroy_process_group()
 
@@ -258,9 +246,21 @@ def restore(parts: dict, state: dict, path: Path) -> int:
         sys.exit(f"error: {path} does not fit these options; start anew without --resume")
 
 
-def save_preview(weights: Path, epoch: int, ddpm: DDPM) -> None:
-    """Writes six digits of each class beside the weights. Failing that, it warns."""
-    path = Path(f"{weights}.epoch_{epoch:02d}.png")
+def save(args: argparse.Namespace, epoch: int, parts: dict) -> None:
+    """Writes the training state, the weights and a preview. Exits with one line if the first two cannot be written."""
+    options = {name: getattr(args, name) for name in SAVED_OPTIONS}
+    states = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        write_state(f"{args.weights}.train", {"options": options, "epoch": epoch, **states})
+        save_weights(args.weights, parts["ema"])
+    except OSError as error:
+        sys.exit(f"error: cannot write {error.filename} ({error.strerror}); {KEPT}")
+    say(f"saved {args.weights}")
+    save_preview(Path(f"{args.weights}.epoch_{epoch:02d}.png"), parts["ema"])
+
+
+def save_preview(path: Path, ddpm: DDPM) -> None:
+    """Draws six digits of each class. Warns if the picture cannot be written."""
     c = torch.arange(10, device=ddpm.alphabar.device).repeat(6)
     digits = ddpm.sample(c, steps=min(50, ddpm.n_T), generator=torch.Generator().manual_seed(0))
     try:
@@ -282,15 +282,12 @@ def check_writable(path: Path, ddpm: DDPM) -> None:
         sys.exit(f"error: cannot write {path} ({error.strerror}); nothing was trained")
 
 
-def is_saved(epoch: int) -> str:
-    return f"epoch {epoch} is saved, --resume goes on from there" if epoch else "this run has saved nothing"
-
-
 def main() -> None:
     try:
         train()
     except KeyboardInterrupt:
-        print("stopped; nothing was trained", file=sys.stderr)
+        show_progress("")
+        print(f"stopped; {KEPT}", file=sys.stderr)
         sys.exit(130)
 
 
