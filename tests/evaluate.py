@@ -91,13 +91,15 @@ def real_features(data_dir: str | Path) -> dict[str, Tensor]:
     return real
 
 
-def real_images(data_dir: str | Path, start: int, n: int) -> Tensor:
-    """n training images of each digit, from its start-th on, [10 n,1,28,28] in [0, 1]."""
+def real_images(data_dir: str | Path, n: int) -> tuple[Tensor, Tensor]:
+    """Two sets of n training images of each digit, [10 n,1,28,28] in [0, 1], picked at random, no image in both."""
     from torchvision.datasets import MNIST
 
     split = MNIST(data_dir, download=True)
-    classes = [(split.targets == digit).nonzero()[start : start + n, 0] for digit in range(10)]
-    return split.data[torch.cat(classes)][:, None] / 255
+    order = torch.randperm(len(split.data), generator=torch.Generator().manual_seed(0))
+    classes = [order[split.targets[order] == digit] for digit in range(10)]
+    sets = (torch.cat([index[:n] for index in classes]), torch.cat([index[n : 2 * n] for index in classes]))
+    return tuple(split.data[index][:, None] / 255 for index in sets)
 
 
 def draw(
@@ -154,8 +156,8 @@ def main() -> None:
     line = f"real training images     {figures(*columns, real, args.per_class)}"
     n = min(args.per_class, TOLD_APART_PER_CLASS)
     if args.data_dir:
-        peers = real_images(args.data_dir, 0, n)
-        line += f"{told_apart(real_images(args.data_dir, n, n), peers):30.1%}"
+        peers, others = real_images(args.data_dir, n)
+        line += f"{told_apart(others, peers):30.1%}"
     print(line, flush=True)
     labels, classifier = torch.arange(10).repeat_interleave(args.per_class), load_classifier()
     for steps in args.steps:
