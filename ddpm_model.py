@@ -44,7 +44,8 @@ def ddpm_schedule(n_T: int) -> Tensor:
     """alphabar[t] = (1 - beta_1) ... (1 - beta_t), float32 [n_T + 1]. alphabar[0] = 1 is clean data (section 2).
 
     beta rises linearly from 0.1 / n_T to 20 / n_T. For n_T = 1000 that is the paper's 1e-4 to 0.02 (section 4).
-    + For another n_T it is scaled by 1000 / n_T, so that x_T is nearly pure noise (Song et al. 2020, arXiv:2011.13456).
+    + For another n_T it is scaled by 1000 / n_T, so that x_T is nearly pure noise (Y. Song et al. 2020,
+    arXiv:2011.13456).
     """
     beta = torch.linspace(0.1 / n_T, 20 / n_T, n_T, dtype=torch.float64)
     alphabar = torch.cumprod(1 - beta, dim=0)
@@ -97,7 +98,8 @@ class ContextUnet(nn.Module):
     def __init__(self, n_feat: int = 32):
         super().__init__()
         self.n_feat = n_feat
-        wide = emb_dim = 4 * n_feat
+        emb_dim = 4 * n_feat
+        wide = 4 * n_feat
         self.time_emb = nn.Linear(TIME_DIM, emb_dim)
         self.context_emb = nn.Embedding(N_CLASSES + 1, emb_dim)  # + the last row is the null class: no condition
         self.emb = nn.Linear(emb_dim, emb_dim)
@@ -155,10 +157,11 @@ class DDPM(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """The training loss, a scalar (algorithm 1), for images x [B,1,28,28] in [0, 1] of classes c [B] int64.
 
-        + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512). As v - v_hat = (eps - eps_hat) /
-        sqrt(alphabar), this is the paper's loss with the weight 1 / alphabar.
-        + Now and then the class is hidden, so that the network also learns to draw without one (Ho & Salimans 2022,
-        arXiv:2207.12598, algorithm 1).
+        + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512): x_0 follows from eps by a division by
+        sqrt(alphabar), which is near 0 at large t, and from v without one. As v - v_hat = (eps - eps_hat) /
+        sqrt(alphabar), this is the paper's loss (eq. 14) with the weight 1 / alphabar.
+        + With probability drop_prob the class is hidden, so that the network also learns to draw without one (Ho &
+        Salimans 2022, arXiv:2207.12598, algorithm 1).
         """
         B = len(x)
         x_0 = 2 * x - 1  # section 3.3
@@ -174,8 +177,9 @@ class DDPM(nn.Module):
     def guided_v(self, x_t: Tensor, c: Tensor, t: int, guide_w: float) -> Tensor:
         """+ v with classifier-free guidance, (1 + w) v(x_t, c) - w v(x_t), shaped as x_t (Ho & Salimans 2022, eq. 6).
 
-        There it is an equation of eps. At a given x_t, v is linear in eps, so it is the same equation in v.
-        + It acts in GUIDANCE_INTERVAL only (Kynkäänniemi et al. 2024, arXiv:2404.07724); elsewhere w = 0.
+        That paper has eps in place of v. As v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar), and (1 + w) - w = 1,
+        both say the same.
+        + It acts in GUIDANCE_INTERVAL of t / n_T only (Kynkäänniemi et al. 2024, arXiv:2404.07724); elsewhere w = 0.
         """
         time = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
         keep = torch.ones_like(time, dtype=torch.bool)
@@ -198,30 +202,31 @@ class DDPM(nn.Module):
         """Sampling (algorithm 2). Yields steps + 1 batches of images [N,1,28,28] in [0, 1], from noise to digits.
 
         c [N] int64: classes, on the model's device. guide_w: guidance weight, >= 0.
-        steps: 1 .. n_T, by default n_T. + Fewer skip timesteps (DDIM, Song et al. 2020, arXiv:2010.02502).
-        eta: 1 is DDPM, + 0 is DDIM, which adds no noise on the way; numbers between them mix both (eq. 16 there).
-        generator: of the CPU, so that a seed means the same noise on every device.
-        Raises ValueError if steps, eta or c is out of range.
+        steps: 1 .. n_T, by default n_T. + With fewer, timesteps are skipped (DDIM, J. Song et al. 2020,
+        arXiv:2010.02502).
+        eta: 1 is DDPM. + 0 is DDIM, which adds no noise during sampling; numbers between mix both (eq. 16 there).
+        generator: a CPU generator, so that a seed means the same noise on every device.
+        Raises ValueError, at the first image, if an argument is out of range.
         """
         steps = self.n_T if steps is None else steps
-        self.check_arguments(c, steps, eta)
+        self.check_arguments(c, guide_w, steps, eta)
         # n_T, ..., 1, 0. + With few steps, those near x_0 are shorter: t = n_T (i / steps)^2 (DDIM, appendix D).
-        times = [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
+        timesteps = [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
         alphabar = self.alphabar.tolist()
         shape = (len(c), 1, 28, 28)
 
-        x = torch.randn(shape, generator=generator).to(c.device)
+        x = torch.randn(shape, generator=generator).to(c.device)  # x_T
         yield to_image(x)
-        for t, s in itertools.pairwise(times):
-            # From timestep t to the less noisy timestep s. With all steps s = t - 1, and abar_t / abar_s is alpha_t.
+        for t, s in itertools.pairwise(timesteps):
+            # From x_t to the less noisy x_s. With all steps, s = t - 1 and abar_t / abar_s is alpha_t.
             abar_t = alphabar[t]
             abar_s = alphabar[s]
             v = self.guided_v(x, c, t, guide_w)
-            # The paper goes from eps straight to x_s. Here x_0 is estimated on the way, so that it can be clipped.
+            # The paper goes from eps straight to x_s. Here x_0 is estimated first, so that it can be clipped.
             x_0 = sqrt(abar_t) * x - sqrt(1 - abar_t) * v
             x_0 = x_0.clamp(-1, 1)  # +
-            eps = (x - sqrt(abar_t) * x_0) / sqrt(1 - abar_t)  # eq. 4, solved for eps
-            # With eta = 1, x_s is drawn from q(x_s | x_t, x_0), eq. 6 and 7. Then sigma^2 is beta-tilde_t; 0 at s = 0.
+            eps = (x - sqrt(abar_t) * x_0) / sqrt(1 - abar_t)  # eq. 4, solved for eps: it fits the clipped x_0
+            # DDIM, eq. 12. With eta = 1, x_s is drawn from q(x_s | x_t, x_0), eq. 6 and 7 of DDPM. At s = 0, sigma = 0.
             sigma = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
             z = torch.randn(shape, generator=generator).to(c.device)
             x = sqrt(abar_s) * x_0 + sqrt(1 - abar_s - sigma**2) * eps + sigma * z
@@ -233,13 +238,15 @@ class DDPM(nn.Module):
             pass
         return x
 
-    def check_arguments(self, c: Tensor, steps: int, eta: float) -> None:
+    def check_arguments(self, c: Tensor, guide_w: float, steps: int, eta: float) -> None:
         """Raises ValueError unless they are arguments for `denoise`."""
         device = self.alphabar.device
         if c.dtype != torch.int64 or c.device != device:
             raise ValueError(f"classes must be int64 on {device}, not {c.dtype} on {c.device}")
         if not all(0 <= label < N_CLASSES for label in c.tolist()):
             raise ValueError(f"classes must be in 0 .. {N_CLASSES - 1}")
+        if not guide_w >= 0:
+            raise ValueError(f"guide_w must be at least 0, not {guide_w}")
         if not 1 <= steps <= self.n_T:
             raise ValueError(f"steps must be in 1 .. {self.n_T}, not {steps}")
         if not 0 <= eta <= 1:
@@ -275,7 +282,8 @@ def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
             pass
         case _:
             raise error
-    if not (N_FEAT_RANGE[0] <= n_feat <= N_FEAT_RANGE[1] and N_T_RANGE[0] <= n_T <= N_T_RANGE[1]):
+    in_range = N_FEAT_RANGE[0] <= n_feat <= N_FEAT_RANGE[1] and N_T_RANGE[0] <= n_T <= N_T_RANGE[1]
+    if not (in_range and 0 <= drop_prob <= 1):
         raise error
     net = ContextUnet(n_feat)
     expected = net.state_dict()
@@ -286,7 +294,7 @@ def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
 
 
 def is_weight(tensor: object, shape: torch.Size) -> bool:
-    """Whether tensor is a dense float32 one of that shape, of finite numbers, on the CPU."""
+    """Whether tensor is a dense float32 tensor of that shape, with finite numbers, on the CPU."""
     ordinary = (torch.float32, torch.strided, torch.device("cpu"))
     return (
         isinstance(tensor, Tensor)
@@ -371,7 +379,7 @@ def image_grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
 
 
 def say(text: str) -> None:
-    """Prints a line. Escapes what stdout cannot encode, and ignores that nobody reads it any more."""
+    """Prints a line. Escapes what stdout cannot encode, and ignores a stdout that was closed."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
@@ -380,7 +388,7 @@ def say(text: str) -> None:
 
 
 def show_progress(text: str) -> None:
-    """Replaces the line that a person watches. Does nothing where stderr is no terminal. An empty text clears it."""
+    """Replaces the line that a person watches. Does nothing where stderr is not a terminal. An empty text clears it."""
     if sys.stderr and sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -394,14 +402,12 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: an int or a float in [low, high]. Anything else is an error that states the range."""
 
     def parse(text: str) -> float:
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # true for NaN too
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
-        return value
+            if low <= value <= high:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
 
     return parse
 
@@ -424,6 +430,6 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.4 does not have it
         native = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return torch.autocast(device.type, torch.bfloat16) if native else contextlib.nullcontext()

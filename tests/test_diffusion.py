@@ -330,13 +330,16 @@ def test_seed_repeats_the_digits():
     assert not torch.equal(first, other)
 
 
-def test_impossible_steps_are_an_error():
+def test_impossible_numbers_are_an_error():
     for steps in (0, -1, T + 1):
         with pytest.raises(ValueError, match=r"1 \.\. 40"):
             small_ddpm().sample(torch.arange(2), steps=steps)
     for eta in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="eta"):
             small_ddpm().sample(torch.arange(2), eta=eta)
+    for guide_w in (-1, float("nan")):
+        with pytest.raises(ValueError, match="guide_w"):
+            small_ddpm().sample(torch.arange(2), guide_w=guide_w)
 
 
 def test_impossible_classes_are_an_error():

@@ -160,6 +160,8 @@ def test_file_of_the_previous_version(path):
         ("n_T", [50]),
         ("drop_prob", "0.1"),
         ("drop_prob", None),
+        ("drop_prob", 1.5),
+        ("drop_prob", float("nan")),
     ],
 )
 def test_impossible_config(state, path, key, value):
