@@ -147,11 +147,12 @@ def train() -> None:
     if args.resume:
         try:
             state = read_state(state_file)
-            parser.set_defaults(**state["options"])
+            options = {name: str(value) for name, value in state["options"].items()}  # to be checked like any others
         except WeightsError as error:
             sys.exit(f"error: {error}")
-        except (LookupError, TypeError):
+        except (AttributeError, LookupError, TypeError):
             sys.exit(f"error: {state_file} is not a training state; start anew without --resume")
+        parser.set_defaults(**options)
         args = parser.parse_args()
 
     rank, world, device = join_processes(args.device)
