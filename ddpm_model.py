@@ -13,7 +13,6 @@ has one.
 
 import argparse
 import contextlib
-import errno
 import io
 import itertools
 import math
@@ -263,20 +262,20 @@ def to_image(x: Tensor) -> Tensor:
 # ---- The weights file ------------------------------------------------------------------------------------------------
 
 
-class WeightsError(Exception):
-    """A weights file that cannot be used. The message is one line: the file, the cause, what to do."""
+class FileError(Exception):
+    """A file that cannot be read, used or written. The message is one line: the file, the cause, what to do."""
 
 
 def save_weights(path: str | Path, ddpm: DDPM) -> None:
-    """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}, atomically. Raises OSError."""
+    """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}, atomically. Raises FileError."""
     config = {"n_feat": ddpm.nn_model.n_feat, "n_T": ddpm.n_T, "drop_prob": float(ddpm.drop_prob)}
     model = {name: tensor.cpu().contiguous() for name, tensor in ddpm.nn_model.state_dict().items()}
     write_state(path, {"config": config, "model": model})
 
 
 def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
-    """The DDPM that save_weights wrote, in evaluation mode on device. Raises WeightsError if it holds anything else."""
-    error = WeightsError(f"{path} does not hold a network of this architecture; train one: python train_ddpm.py")
+    """The DDPM that save_weights wrote, in evaluation mode on device. Raises FileError if it holds anything else."""
+    error = FileError(f"{path} does not hold a network of this architecture; train one: python train_ddpm.py")
     match read_state(path):
         case {"config": {"n_feat": int(n_feat), "n_T": int(n_T), "drop_prob": float(drop_prob)}, "model": dict(model)}:
             pass
@@ -286,34 +285,24 @@ def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
     if not (in_range and 0 <= drop_prob <= 1):
         raise error
     net = ContextUnet(n_feat)
-    expected = net.state_dict()
-    if model.keys() != expected.keys() or not all(is_weight(model[name], expected[name].shape) for name in expected):
+    try:
+        net.load_state_dict(model)
+    except (AttributeError, RuntimeError, TypeError):  # other names, shapes or kinds of tensors
+        raise error from None
+    if not all(parameter.isfinite().all() for parameter in net.parameters()):
         raise error
-    net.load_state_dict(model)
     return DDPM(net, n_T, drop_prob).to(device, memory_format=torch.channels_last).eval()
 
 
-def is_weight(tensor: object, shape: torch.Size) -> bool:
-    """Whether tensor is a dense float32 tensor of that shape, with finite numbers, on the CPU."""
-    ordinary = (torch.float32, torch.strided, torch.device("cpu"))
-    return (
-        isinstance(tensor, Tensor)
-        and not tensor.is_nested
-        and tensor.shape == shape
-        and (tensor.dtype, tensor.layout, tensor.device) == ordinary
-        and bool(tensor.isfinite().all())
-    )
-
-
 def write_state(path: str | Path, state: dict) -> None:
-    """torch.save, atomically. Raises OSError."""
+    """torch.save, atomically. Raises FileError."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())
 
 
 def read_state(path: str | Path) -> object:
-    """What write_state wrote, on the CPU. Runs no code from the file. Raises WeightsError."""
+    """What write_state wrote, on the CPU. Runs no code from the file. Raises FileError."""
     try:
         with zipfile.ZipFile(path) as archive:
             # torch.load does not look at checksums, and skips records marked as folders.
@@ -321,14 +310,14 @@ def read_state(path: str | Path) -> object:
         if not damaged:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist; make it with: python train_ddpm.py") from None
+        raise FileError(f"{path} does not exist; make it with: python train_ddpm.py") from None
     except OSError as error:
-        raise WeightsError(f"cannot read {path} ({error.strerror})") from None
+        raise FileError(f"cannot read {path} ({error.strerror})") from None
     except pickle.UnpicklingError:
-        raise WeightsError(f"{path} holds more than weights and could run code, so it was not loaded") from None
+        raise FileError(f"{path} holds more than weights and could run code, so it was not loaded") from None
     except Exception as error:  # a damaged archive makes zipfile, zlib and torch raise errors of many types
-        raise WeightsError(f"{path} is not a readable weights file ({type(error).__name__}); get it again") from None
-    raise WeightsError(f"{path} is damaged; get it again")
+        raise FileError(f"{path} is not a readable weights file ({type(error).__name__}); get it again") from None
+    raise FileError(f"{path} is damaged; get it again")
 
 
 # ---- What the scripts share ------------------------------------------------------------------------------------------
@@ -337,14 +326,13 @@ def read_state(path: str | Path) -> object:
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Writes a file that at any moment, even if the process is killed, is the old one or the new one.
 
-    A symbolic link stays a link: its target is written. Raises OSError with path as its filename, also where path is a
-    folder or a device.
+    A symbolic link stays a link: its target is written. Raises FileError, also where path is a folder or a device.
     """
     target = Path(os.path.realpath(path))
     temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         if target.exists() and not target.is_file():
-            raise OSError(errno.EINVAL, "not a regular file")
+            raise OSError(0, "not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(data)
@@ -352,14 +340,14 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise FileError(f"cannot write {path} ({error.strerror})") from error
     finally:
         with contextlib.suppress(OSError):  # there is none if all went well
             temporary.unlink()
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
-    """uint8 [height, width] -> a grey PNG, atomically. Raises OSError."""
+    """uint8 [height, width] -> a grey PNG, atomically. Raises FileError."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
@@ -385,6 +373,19 @@ def say(text: str) -> None:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:  # a broken pipe, a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For main: a FileError becomes one line on stderr and status 1, Ctrl-C becomes "stopped" and status 130."""
+    try:
+        yield
+    except FileError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        show_progress("")
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def show_progress(text: str) -> None:

@@ -23,12 +23,12 @@ from torch import Tensor
 from ddpm_model import (
     DDPM,
     GUIDE_W,
-    WeightsError,
     autocast,
     file_path,
     image_grid,
     load_ddpm,
     number,
+    one_line_errors,
     pick_device,
     save_png,
     say,
@@ -109,21 +109,16 @@ def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
 
 
 def encode_mp4(frames: list[Tensor], scale: int) -> bytes:
-    """An MP4 of frames [10,1,28,28]: VP9, else H.264, else MPEG-4 with a warning. Exits with one line if that fails."""
+    """An MP4 of frames [10,1,28,28], in VP9. Exits with one line if that fails."""
     import cv2
 
     pictures = [image_grid(frame, columns=5, scale=scale) for frame in frames]
     pictures += pictures[-1:] * 2 * FPS
     with tempfile.TemporaryDirectory() as folder:  # OpenCV does not take every path, and does not report errors
         path = os.path.join(folder, "video.mp4")
-        for codec in ("vp09", "avc1", "mp4v"):
-            video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*codec), FPS, pictures[0].shape[::-1])
-            if video.isOpened():
-                break
-        else:
-            sys.exit("error: OpenCV has no codec for an MP4 video; try: pip install --upgrade opencv-python")
-        if codec == "mp4v":
-            say("warning: OpenCV has neither VP9 nor H.264; browsers will not play this MPEG-4 video")
+        video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"vp09"), FPS, pictures[0].shape[::-1])
+        if not video.isOpened():
+            sys.exit("error: OpenCV has no codec for VP9 video; try: pip install --upgrade opencv-python")
         for picture in pictures:
             video.write(cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR))
         video.release()
@@ -145,6 +140,7 @@ def encode_gif(frames: list[Tensor], scale: int) -> bytes:
     return buffer.getvalue()
 
 
+@one_line_errors()
 def main() -> None:
     args = parse_args()
     if args.video:
@@ -154,20 +150,12 @@ def main() -> None:
             import cv2  # noqa: F401
         except ImportError as error:
             sys.exit(f"error: cannot import OpenCV ({error}); install the system's libgl1, or opencv-python-headless")
-    try:
-        ddpm = load_ddpm(args.weights, args.device)
-        args.steps = args.steps or ddpm.n_T
-        if args.steps > ddpm.n_T:
-            sys.exit(f"error: --steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}, not {args.steps}")
-        draw = draw_video if args.video else draw_grids
-        draw(ddpm, args)
-    except WeightsError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: cannot write {error.filename} ({error.strerror})")
-    except KeyboardInterrupt:
-        show_progress("")
-        sys.exit(130)
+    ddpm = load_ddpm(args.weights, args.device)
+    args.steps = args.steps or ddpm.n_T
+    if args.steps > ddpm.n_T:
+        sys.exit(f"error: --steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}, not {args.steps}")
+    draw = draw_video if args.video else draw_grids
+    draw(ddpm, args)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ python stitch_images.py                                  # combined_2x5_grid.png
 
 import argparse
 import os
+import statistics
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ddpm_model import file_path, save_png, say
+from ddpm_model import file_path, one_line_errors, save_png, say
 
 
 def read_grid(path: Path) -> np.ndarray:
@@ -25,6 +25,7 @@ def read_grid(path: Path) -> np.ndarray:
         sys.exit(f"error: {path} is not a readable picture ({type(error).__name__}); draw it again")
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Stitch ten digit grids into one sheet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -40,7 +41,7 @@ def main() -> None:
     if missing:
         sys.exit(f"error: missing {missing}; draw them with: python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9")
     grids = [read_grid(path) for path in paths]
-    most = Counter(grid.shape for grid in grids).most_common(1)[0][0]
+    most = statistics.mode(grid.shape for grid in grids)
     odd = ", ".join(
         f"{path} is {grid.shape[1]}x{grid.shape[0]}" for path, grid in zip(paths, grids) if grid.shape != most
     )
@@ -48,10 +49,7 @@ def main() -> None:
         sys.exit(f"error: {odd}, the others {most[1]}x{most[0]}; draw all with the same --count and --scale")
 
     sheet = np.vstack([np.hstack(grids[:5]), np.hstack(grids[5:])])
-    try:
-        save_png(args.output, sheet)
-    except OSError as error:
-        sys.exit(f"error: cannot write {error.filename} ({error.strerror}); choose another --output")
+    save_png(args.output, sheet)
     say(f"saved {args.output}")
 
 

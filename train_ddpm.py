@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,11 +22,12 @@ from ddpm_model import (
     N_FEAT_RANGE,
     N_T_RANGE,
     ContextUnet,
-    WeightsError,
+    FileError,
     autocast,
     file_path,
     image_grid,
     number,
+    one_line_errors,
     pick_device,
     read_state,
     save_png,
@@ -40,7 +40,6 @@ from ddpm_model import (
 
 WARMUP_STEPS = 500
 EMA_DECAY = 0.999
-KEPT = "--resume goes on from the last save, if there is one"
 SAVED_OPTIONS = ("epochs", "batch_size", "lr", "drop_prob", "n_feat", "n_T", "save_every", "seed")
 
 
@@ -71,41 +70,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_mnist(data_dir: Path) -> tuple[Tensor, Tensor]:
-    """The training images, uint8 [N,28,28], and labels, int64 [N]. Downloads MNIST where it is missing.
+    """The training images, uint8 [N,28,28], and labels, int64 [N]. Downloads them where they are missing.
 
-    Exits with one line that names the file that is missing or damaged.
+    Exits with one line if that fails, or if the files are damaged.
     """
-    from torchvision.datasets import MNIST, mnist  # slow to import: not for --help
+    from torchvision.datasets import MNIST  # slow to import: not for --help
 
-    raw = data_dir / "MNIST" / "raw"
-    image_file = raw / "train-images-idx3-ubyte"
-    label_file = raw / "train-labels-idx1-ubyte"
-    if not (os.path.isfile(image_file) and os.path.isfile(label_file)):
-        try:
-            MNIST(data_dir, download=True)
-        except Exception as error:  # no network, a refusal, a full disk: each has a type of its own
-            missing = " and ".join(str(file) for file in (image_file, label_file) if not os.path.isfile(file))
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if missing:  # else it is the test set that could not be had, which training does not read
-                sys.exit(f"error: cannot download {missing} ({reason}); put it there by hand, unpacked")
-
-    images = read_idx(image_file, mnist.read_image_file)
-    labels = read_idx(label_file, mnist.read_label_file)
-    if len(images) == 0 or images.shape[1:] != (28, 28):
-        sys.exit(f"error: {image_file} does not hold 28x28 images; delete it and run again to download it")
-    if len(labels) != len(images) or not 0 <= labels.min() <= labels.max() <= 9:
-        sys.exit(f"error: {label_file} does not hold a digit for each image; delete it and run again to download it")
-    return images, labels
-
-
-def read_idx(path: Path, reader: Callable[[str], Tensor]) -> Tensor:
-    """What a reader of torchvision finds in a file of MNIST. Exits with one line if that is not readable."""
+    MNIST.resources = MNIST.resources[:2]  # not the test set
+    files = f"train-images-idx3-ubyte and train-labels-idx1-ubyte in {data_dir / 'MNIST' / 'raw'}"
     try:
-        return reader(str(path))
-    except OSError as error:
-        sys.exit(f"error: cannot read {path} ({error.strerror})")
-    except Exception as error:  # the reader asserts, and sizes that do not fit make torch raise
-        sys.exit(f"error: {path} is damaged ({type(error).__name__}); delete it and run again to download it")
+        mnist = MNIST(data_dir, download=True)
+    except Exception as error:  # no network, a refusal, a full disk, a damaged file: each has a type of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(f"error: cannot read {files} ({reason}); put them there, unpacked, or delete damaged ones")
+    images, labels = mnist.data, mnist.targets
+    if len(images) == 0 or images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
+        sys.exit(f"error: {files} do not hold 28x28 images with a digit each; delete them and run again")
+    return images, labels
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -113,7 +94,7 @@ def read_idx(path: Path, reader: Callable[[str], Tensor]) -> Tensor:
 
 def join_processes(device: torch.device) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device) of this process: alone, unless torchrun started several."""
-    if not dist.is_torchelastic_launched():
+    if "LOCAL_RANK" not in os.environ:
         return 0, 1, device
     import torch.distributed.nn  # before the group exists: imported later by torch, it would keep the group alive
 
@@ -139,8 +120,8 @@ def report(epoch: int, epochs: int, done: float, loss: float, start: float) -> s
     return f"epoch {epoch:2d}/{epochs}  {done:4.0%}  loss {loss:.5f}  {seconds:.0f} s  {left:.1f} min left"
 
 
-def train() -> None:
-    """Reads the options, trains, and saves as it goes."""
+@one_line_errors()
+def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     state_file = Path(f"{args.weights}.train")
@@ -148,8 +129,6 @@ def train() -> None:
         try:
             state = read_state(state_file)
             options = {name: str(value) for name, value in state["options"].items()}  # to be checked like any others
-        except WeightsError as error:
-            sys.exit(f"error: {error}")
         except (AttributeError, LookupError, TypeError):
             sys.exit(f"error: {state_file} is not a training state; start anew without --resume")
         parser.set_defaults(**options)
@@ -161,10 +140,10 @@ def train() -> None:
     images, labels = load_mnist(args.data_dir)
     if rank == 0 and world > 1:
         dist.barrier()
-    if not world <= args.batch_size <= len(images):
-        sys.exit(f"error: --batch-size must be from {world} to {len(images)}, the images there are")
     images, labels = images.to(device), labels.to(device)
     n_batches = math.ceil(len(images) / args.batch_size)
+    if len(images) // n_batches < world:  # the smallest batch has an image for each process
+        sys.exit(f"error: --batch-size {args.batch_size} is too small for {world} processes")
     n_steps = n_batches * args.epochs
 
     torch.manual_seed(args.seed)
@@ -182,10 +161,8 @@ def train() -> None:
         if args.weights.exists() and not args.resume:
             say(f"{args.weights} exists and is replaced at the first save (--weights: elsewhere)")
         say(f"{len(images):,} images, {args.epochs} epochs of {n_batches} steps, on {world} x {device.type}")
-        if saved_epoch:
-            say(f"going on after epoch {saved_epoch}")
-        if saved_epoch >= args.epochs:
-            say("nothing is left to train; --epochs with a larger number goes on")
+        if args.resume:
+            say(f"{saved_epoch} epochs are done; a larger --epochs trains more")
 
     for epoch in range(saved_epoch + 1, args.epochs + 1):
         # Random numbers start anew at each epoch, so a resumed run repeats the run that was not stopped.
@@ -197,8 +174,7 @@ def train() -> None:
 
         for i, batch in enumerate(order.tensor_split(n_batches)):
             step = n_batches * (epoch - 1) + i
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, n_steps, args.lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, n_steps, args.lr)
 
             shard = batch.tensor_split(world)[rank]
             x = images[shard][:, None] / 255
@@ -211,9 +187,8 @@ def train() -> None:
             optimizer.step()
 
             decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short at first, to forget the random start
-            with torch.no_grad():
-                for average, parameter in zip(ema.parameters(), ddpm.parameters()):
-                    average.lerp_(parameter, 1 - decay)
+            for average, parameter in zip(ema.parameters(), ddpm.parameters()):
+                average.lerp_(parameter.detach(), 1 - decay)
 
             total += loss.detach()
             if rank == 0 and i % 20 == 0:  # not at each step: reading the loss waits for the GPU
@@ -224,7 +199,7 @@ def train() -> None:
         loss = total.item() / world / n_batches
         show_progress("")
         if not math.isfinite(loss):
-            sys.exit(f"error: the loss is {loss} in epoch {epoch}; a lower --lr may help; {KEPT}")
+            sys.exit(f"error: the loss is {loss} in epoch {epoch}; a lower --lr may help")
         if rank == 0:
             say(report(epoch, args.epochs, 1, loss, start))
             if epoch % args.save_every == 0 or epoch == args.epochs:
@@ -248,15 +223,12 @@ def restore(parts: dict, state: dict, path: Path) -> int:
 
 
 def save(args: argparse.Namespace, epoch: int, parts: dict) -> None:
-    """Writes the training state, the weights and a preview. Exits with one line if the first two cannot be written."""
+    """Writes the training state, the weights and a preview. Raises FileError if one of the first two fails."""
     options = {name: getattr(args, name) for name in SAVED_OPTIONS}
     states = {name: part.state_dict() for name, part in parts.items()}
-    try:
-        write_state(f"{args.weights}.train", {"options": options, "epoch": epoch, **states})
-        save_weights(args.weights, parts["ema"])
-    except OSError as error:
-        sys.exit(f"error: cannot write {error.filename} ({error.strerror}); {KEPT}")
-    say(f"saved {args.weights}")
+    write_state(f"{args.weights}.train", {"options": options, "epoch": epoch, **states})
+    save_weights(args.weights, parts["ema"])
+    say(f"saved {args.weights}; --resume goes on from here")
     save_preview(Path(f"{args.weights}.epoch_{epoch:02d}.png"), parts["ema"])
 
 
@@ -266,12 +238,12 @@ def save_preview(path: Path, ddpm: DDPM) -> None:
     digits = ddpm.sample(c, steps=min(50, ddpm.n_T), generator=torch.Generator().manual_seed(0))
     try:
         save_png(path, image_grid(digits, columns=10, scale=3))
-    except OSError as error:
-        say(f"warning: cannot write {path} ({error.strerror})")
+    except FileError as error:
+        say(f"warning: {error}")
 
 
 def check_writable(path: Path, ddpm: DDPM) -> None:
-    """Exits with one line unless path can be written. What is there stays as it is."""
+    """Raises FileError unless path can be written. What is there stays as it is."""
     n_bytes = 5 * sum(parameter.nbytes for parameter in ddpm.parameters())  # the training state is four times as large
     try:
         if os.path.isfile(path):
@@ -280,16 +252,7 @@ def check_writable(path: Path, ddpm: DDPM) -> None:
             write_atomically(path, bytes(n_bytes))
             os.unlink(os.path.realpath(path))
     except OSError as error:
-        sys.exit(f"error: cannot write {path} ({error.strerror}); nothing was trained")
-
-
-def main() -> None:
-    try:
-        train()
-    except KeyboardInterrupt:
-        show_progress("")
-        print(f"stopped; {KEPT}", file=sys.stderr)
-        sys.exit(130)
+        raise FileError(f"cannot replace {path} ({error.strerror})") from None
 
 
 if __name__ == "__main__":

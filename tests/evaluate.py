@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, WeightsError, autocast, file_path, load_ddpm, number, pick_device
+from ddpm_model import DDPM, GUIDE_W, FileError, autocast, file_path, load_ddpm, number, pick_device
 from tests.digit_classifier import DigitClassifier, judge, load_classifier
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mnist_features.pth"
@@ -145,7 +145,7 @@ def main() -> None:
     real = real_features(args.data_dir) if args.data_dir else torch.load(FIXTURE, weights_only=True)
     try:
         ddpm = load_ddpm(args.weights, args.device)
-    except WeightsError as error:
+    except FileError as error:
         raise SystemExit(f"error: {error}") from None
     if max(args.steps) > ddpm.n_T:
         raise SystemExit(f"error: --steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}")

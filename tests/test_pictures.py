@@ -115,7 +115,7 @@ def test_video(quick, steps, scale, outdir, draw):
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert {path.name for path in folder.iterdir()} == {VIDEO, "denoising_process_0to9.gif"}
     frames, fps, codec = read_video(shutil.copy(folder / VIDEO, quick / "copy.mp4"))
-    assert codec.upper() in ("VP90", "VP09", "AVC1", "H264")  # those that browsers play
+    assert codec.upper() in ("VP90", "VP09")  # browsers play it
     assert fps == inference_ddpm.FPS and len(frames) == inference_ddpm.N_FRAMES + 2 * fps
     frames = np.stack(frames).astype(int)
     assert frames.shape[1:] == (62 * scale, 152 * scale, 3)
@@ -132,27 +132,13 @@ def test_video(quick, steps, scale, outdir, draw):
         assert np.abs(np.array(gif.convert("L")) - frames[-1][..., 0]).mean() < 12  # in 16 grey levels
 
 
-@pytest.mark.parametrize("codec", ["mp4v", None])
-def test_codecs(monkeypatch, capsys, tmp_path, codec):
-    """They are tried in order, best for browsers first; what is lost without them is said."""
-    real, fourcc, tried = cv2.VideoWriter, cv2.VideoWriter_fourcc, []
-
-    def only(path, code, *rest):
-        tried.append(code.to_bytes(4, "little").decode())
-        return real(path, code, *rest) if tried[-1] == codec else real()
-
-    monkeypatch.setattr(cv2, "VideoWriter", only)
-    monkeypatch.setattr(cv2, "VideoWriter_fourcc", fourcc)
-    frames = [torch.zeros(10, 1, 28, 28)] * 5
-    if codec:
-        (tmp_path / "video.mp4").write_bytes(inference_ddpm.encode_mp4(frames, 1))
-        assert "browsers" in capsys.readouterr().out
-        assert len(read_video(tmp_path / "video.mp4")[0]) == 5 + 2 * inference_ddpm.FPS
-    else:
-        with pytest.raises(SystemExit, match=r"no codec .*pip install") as caught:
-            inference_ddpm.encode_mp4(frames, 1)
-        assert "outdir" not in str(caught.value)
-    assert tried == ["vp09", "avc1", "mp4v"]
+def test_no_codec(monkeypatch):
+    real = cv2.VideoWriter
+    monkeypatch.setattr(cv2, "VideoWriter", lambda *args: real())
+    monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *code: 0)
+    with pytest.raises(SystemExit, match=r"no codec .*pip install") as caught:
+        inference_ddpm.encode_mp4([torch.zeros(10, 1, 28, 28)], 1)
+    assert "outdir" not in str(caught.value)
 
 
 def test_videos_at_the_same_time(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ddpm_model
-from ddpm_model import DDPM, ContextUnet, WeightsError, load_ddpm, save_weights, write_atomically
+from ddpm_model import DDPM, ContextUnet, FileError, load_ddpm, save_weights, write_atomically
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
 needs_fifo = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the platform has no named pipes")
@@ -43,7 +43,7 @@ def state(path) -> dict:
 
 def refusal(path: Path) -> str:
     """The message with which the file is refused: one line that begins with its name or says that it cannot be read."""
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(FileError) as caught:
         load_ddpm(path)
     message = str(caught.value)
     assert "\n" not in message
@@ -186,9 +186,6 @@ def with_number(number: float):
         with_number(float("-inf")),
         lambda tensor: tensor[:, 1:],
         lambda tensor: tensor.T.flatten(),
-        lambda tensor: tensor.int(),
-        lambda tensor: tensor.double(),
-        lambda tensor: tensor.bfloat16(),
         lambda tensor: tensor.to_sparse(),
         lambda tensor: tensor.to("meta"),
         lambda tensor: torch.nested.nested_tensor([tensor, tensor[1:]]),
@@ -251,7 +248,7 @@ def test_random_damage_is_refused_or_harmless(ddpm, path):
         path.write_bytes(damaged)
         try:
             loaded = load_ddpm(path)
-        except WeightsError as error:
+        except FileError as error:
             assert "\n" not in str(error)
             assert "cannot read" not in str(error)  # that would blame the disk
             n_refused += 1
@@ -323,9 +320,9 @@ def test_full_disk_leaves_the_old_file(path, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with pytest.raises(FileError) as caught:
         save_weights(path, DDPM(ContextUnet(n_feat=4)))
-    assert caught.value.filename == str(path)
+    assert str(caught.value) == f"cannot write {path} (No space left on device)"
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["weights.pth"]
 
@@ -360,10 +357,9 @@ def test_what_is_no_file_is_refused(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path in (tmp_path, pipe):
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(FileError, match=r"\(\w.*\)$") as caught:
             write_atomically(path, b"new")
-        assert caught.value.filename == str(path)
-        assert caught.value.strerror
+        assert str(caught.value).startswith(f"cannot write {path} (")
     assert pipe.is_fifo()
     assert os.listdir(tmp_path) == ["pipe"]
 
@@ -372,8 +368,7 @@ def test_error_names_the_path(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"old")
     for path in (tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "y", file / "y"):
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(FileError, match=r"\(\w.*\)$") as caught:
             write_atomically(path, b"new")
-        assert caught.value.filename == str(path)
-        assert caught.value.strerror
+        assert str(caught.value).startswith(f"cannot write {path} (")
     assert os.listdir(tmp_path) == ["file"]
