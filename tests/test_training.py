@@ -117,6 +117,16 @@ def test_learning_rate():
         assert all(0 < train_ddpm.learning_rate(step, few, peak) <= peak for step in range(few))
 
 
+def test_last_step(workdir, train):
+    """It has the learning rate of its place, and what is saved for drawing is an average of the last weights."""
+    assert train(workdir, "--epochs", "3", "--lr", "0.5").returncode == 0
+    state = read_state(workdir / STATE)
+    assert state["optimizer"]["param_groups"][0]["lr"] == train_ddpm.learning_rate(11, 12, 0.5)
+    weights = load_ddpm(workdir / WEIGHTS).nn_model.state_dict()
+    assert all(torch.equal(weights[name], state["ema"][f"nn_model.{name}"]) for name in weights)
+    assert not any(torch.equal(weights[name], state["ddpm"][f"nn_model.{name}"]) for name in weights)
+
+
 # ---- Stopping and going on
 
 
