@@ -289,7 +289,7 @@ def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
         net.load_state_dict(model)
     except (AttributeError, RuntimeError, TypeError):  # other names, shapes or kinds of tensors
         raise error from None
-    if not all(parameter.isfinite().all() for parameter in net.parameters()):
+    if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in model.values()):
         raise error
     return DDPM(net, n_T, drop_prob).to(device, memory_format=torch.channels_last).eval()
 

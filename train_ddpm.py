@@ -80,6 +80,8 @@ def load_mnist(data_dir: Path) -> tuple[Tensor, Tensor]:
     files = f"train-images-idx3-ubyte and train-labels-idx1-ubyte in {data_dir / 'MNIST' / 'raw'}"
     try:
         mnist = MNIST(data_dir, download=True)
+    except PermissionError as error:
+        raise FileError(f"cannot read {error.filename} ({error.strerror})") from None
     except Exception as error:  # no network, a refusal, a full disk, a damaged file: each has a type of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         sys.exit(f"error: cannot read {files} ({reason}); put them there, unpacked, or delete damaged ones")
@@ -203,7 +205,7 @@ def main() -> None:
         if rank == 0:
             say(report(epoch, args.epochs, 1, loss, start))
             if epoch % args.save_every == 0 or epoch == args.epochs:
-                save(args, epoch, parts)
+                save(args, state_file, epoch, parts)
 
     if world > 1:
         dist.destroy_process_group()
@@ -222,11 +224,11 @@ def restore(parts: dict, state: dict, path: Path) -> int:
         sys.exit(f"error: {path} does not fit these options; start anew without --resume")
 
 
-def save(args: argparse.Namespace, epoch: int, parts: dict) -> None:
+def save(args: argparse.Namespace, state_file: Path, epoch: int, parts: dict) -> None:
     """Writes the training state, the weights and a preview. Raises FileError if one of the first two fails."""
     options = {name: getattr(args, name) for name in SAVED_OPTIONS}
     states = {name: part.state_dict() for name, part in parts.items()}
-    write_state(f"{args.weights}.train", {"options": options, "epoch": epoch, **states})
+    write_state(state_file, {"options": options, "epoch": epoch, **states})
     save_weights(args.weights, parts["ema"])
     say(f"saved {args.weights}; --resume goes on from here")
     save_preview(Path(f"{args.weights}.epoch_{epoch:02d}.png"), parts["ema"])

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, FileError, autocast, file_path, load_ddpm, number, pick_device
+from ddpm_model import DDPM, GUIDE_W, autocast, file_path, load_ddpm, number, one_line_errors, pick_device
 from tests.digit_classifier import DigitClassifier, judge, load_classifier
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mnist_features.pth"
@@ -130,6 +130,7 @@ def figures(features: Tensor, predicted: Tensor, labels: Tensor, real: dict[str,
     )
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the quality of drawn digits.")
     parser.add_argument("--weights", type=file_path, default="weights/ddpm_mnist.pth")
@@ -143,10 +144,7 @@ def main() -> None:
     args = parser.parse_args()
 
     real = real_features(args.data_dir) if args.data_dir else torch.load(FIXTURE, weights_only=True)
-    try:
-        ddpm = load_ddpm(args.weights, args.device)
-    except FileError as error:
-        raise SystemExit(f"error: {error}") from None
+    ddpm = load_ddpm(args.weights, args.device)
     if max(args.steps) > ddpm.n_T:
         raise SystemExit(f"error: --steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}")
 

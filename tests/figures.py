@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, file_path, image_grid, load_ddpm, number, save_png, to_image
+from ddpm_model import DDPM, GUIDE_W, file_path, image_grid, load_ddpm, number, one_line_errors, save_png, to_image
 
 SCALE = 2  # pixels of a picture for one of a digit, in each direction
 LABEL_WIDTH = 120
@@ -90,6 +90,7 @@ def learning(weights: Path) -> np.ndarray:
     return labelled(rows)
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of README.")
     parser.add_argument("--weights", type=file_path, default="weights/ddpm_mnist.pth")
