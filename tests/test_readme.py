@@ -70,6 +70,16 @@ def test_options_exist(tmp_path, call):
     assert named > 10
 
 
+def test_functions_exist():
+    """The tables of equations and of what is beyond the paper name functions, classes, layers and files."""
+    code = "".join((PROJECT / script).read_text(encoding="utf-8") for script in ("ddpm_model.py", *SCRIPTS[:3]))
+    tables = README[README.index("## Read the code") : README.index("Tried and dropped")]
+    rows = re.findall(r"^\|.*\| `(\w+)` \|", tables, flags=re.M)
+    assert len(rows) > 15
+    for name in rows:
+        assert re.search(rf"(def|class) {name}\b|self\.{name} = ", code), name
+
+
 def test_top_level():
     tracked = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, encoding="utf-8")
     if tracked.returncode:
