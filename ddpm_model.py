@@ -32,23 +32,24 @@ from PIL import Image
 from torch import Tensor, nn
 
 GUIDE_W = 0.5  # the default guidance weight w; README shows what other values do
-GUIDANCE_INTERVAL = (0.3, 0.6)  # guidance acts while 0.3 < t / n_T <= 0.6
+GUIDANCE_INTERVAL = (0.6, 0.9)  # guidance acts while 0.6 < t / n_T <= 0.9
 N_CLASSES = 10
 TIME_DIM = 64
 N_FEAT_RANGE = (1, 256)
-N_T_RANGE = (21, 10_000)  # with fewer than 21 timesteps, beta would reach 1
+N_T_RANGE = (1, 10_000)
 
 
 def ddpm_schedule(n_T: int) -> Tensor:
-    """alphabar[t] = (1 - beta_1) ... (1 - beta_t), float32 [n_T + 1]. alphabar[0] = 1 is clean data (section 2).
+    """alphabar[t] = (1 - beta_1) ... (1 - beta_t) (section 2), float32 [n_T + 1]. alphabar[0] = 1 is clean data.
 
-    beta rises linearly from 0.1 / n_T to 20 / n_T. For n_T = 1000 that is the paper's 1e-4 to 0.02 (section 4).
-    + For another n_T it is scaled by 1000 / n_T, so that x_T is nearly pure noise (Y. Song et al. 2020,
-    arXiv:2011.13456).
+    + A squared cosine, f(t) / f(0) (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). At t = n_T, where f is 0,
+    alphabar is 1e-8, so that no formula divides by 0. In the DDPM paper, beta rises linearly, and the last half of the
+    x_t have almost only noise.
     """
-    beta = torch.linspace(0.1 / n_T, 20 / n_T, n_T, dtype=torch.float64)
-    alphabar = torch.cumprod(1 - beta, dim=0)
-    return torch.cat([torch.ones(1), alphabar]).float()
+    t = torch.arange(n_T + 1, dtype=torch.float64)
+    f = torch.cos((t / n_T + 0.008) / 1.008 * math.pi / 2) ** 2
+    alphabar = f / f[0]
+    return alphabar.clamp(min=1e-8).float()
 
 
 # ---- The network -----------------------------------------------------------------------------------------------------
@@ -151,14 +152,14 @@ class DDPM(nn.Module):
         self.nn_model = nn_model
         self.n_T = n_T
         self.drop_prob = drop_prob
-        self.register_buffer("alphabar", ddpm_schedule(n_T), persistent=False)
+        self.register_buffer("alphabar", ddpm_schedule(n_T))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """The training loss, a scalar (algorithm 1), for images x [B,1,28,28] in [0, 1] of classes c [B] int64.
 
         + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512): x_0 follows from eps by a division by
         sqrt(alphabar), which is near 0 at large t, and from v without one. As v - v_hat = (eps - eps_hat) /
-        sqrt(alphabar), this is the paper's loss (eq. 14) with the weight 1 / alphabar.
+        sqrt(alphabar), this is the paper's loss (eq. 14) with the weight 1 / alphabar, as a mean over the pixels.
         + With probability drop_prob the class is hidden, so that the network also learns to draw without one (Ho &
         Salimans 2022, arXiv:2207.12598, algorithm 1).
         """
@@ -176,9 +177,9 @@ class DDPM(nn.Module):
     def guided_v(self, x_t: Tensor, c: Tensor, t: int, guide_w: float) -> Tensor:
         """+ v with classifier-free guidance, (1 + w) v(x_t, c) - w v(x_t), shaped as x_t (Ho & Salimans 2022, eq. 6).
 
-        That paper has eps in place of v. As v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar), and (1 + w) - w = 1,
-        both say the same.
-        + It acts in GUIDANCE_INTERVAL of t / n_T only (Kynkäänniemi et al. 2024, arXiv:2404.07724); elsewhere w = 0.
+        That paper has eps in place of v. Both give the same: v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar) is
+        linear in eps, and the terms with x_t add up to one, as (1 + w) - w = 1.
+        + It acts only in GUIDANCE_INTERVAL of t / n_T (Kynkäänniemi et al. 2024, arXiv:2404.07724).
         """
         time = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
         keep = torch.ones_like(time, dtype=torch.bool)
@@ -203,14 +204,14 @@ class DDPM(nn.Module):
         c [N] int64: classes, on the model's device. guide_w: guidance weight, >= 0.
         steps: 1 .. n_T, by default n_T. + With fewer, timesteps are skipped (DDIM, J. Song et al. 2020,
         arXiv:2010.02502).
-        eta: 1 is DDPM. + 0 is DDIM, which adds no noise during sampling; numbers between mix both (eq. 16 there).
+        eta: 1 is DDPM, with the variance of its eq. 7. + 0 is DDIM, which adds no noise during sampling; numbers
+        between mix both (eq. 16 there).
         generator: a CPU generator, so that a seed means the same noise on every device.
-        Raises ValueError, at the first image, if an argument is out of range.
+        Raises ValueError, when the first image is asked for, if an argument is out of range.
         """
         steps = self.n_T if steps is None else steps
         self.check_arguments(c, guide_w, steps, eta)
-        # n_T, ..., 1, 0. + With few steps, those near x_0 are shorter: t = n_T (i / steps)^2 (DDIM, appendix D).
-        timesteps = [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
+        timesteps = [round(self.n_T * i / steps) for i in range(steps, -1, -1)]  # n_T, ..., 1, 0
         alphabar = self.alphabar.tolist()
         shape = (len(c), 1, 28, 28)
 
@@ -221,10 +222,10 @@ class DDPM(nn.Module):
             abar_t = alphabar[t]
             abar_s = alphabar[s]
             v = self.guided_v(x, c, t, guide_w)
-            # The paper goes from eps straight to x_s. Here x_0 is estimated first, so that it can be clipped.
+            # Algorithm 2 goes from eps directly to x_s. Here x_0 is estimated first, so that it can be clipped.
             x_0 = sqrt(abar_t) * x - sqrt(1 - abar_t) * v
             x_0 = x_0.clamp(-1, 1)  # +
-            eps = (x - sqrt(abar_t) * x_0) / sqrt(1 - abar_t)  # eq. 4, solved for eps: it fits the clipped x_0
+            eps = (x - sqrt(abar_t) * x_0) / sqrt(1 - abar_t)  # eq. 4, solved for eps, with the clipped x_0
             # DDIM, eq. 12. With eta = 1, x_s is drawn from q(x_s | x_t, x_0), eq. 6 and 7 of DDPM. At s = 0, sigma = 0.
             sigma = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
             z = torch.randn(shape, generator=generator).to(c.device)
@@ -268,16 +269,24 @@ class FileError(Exception):
 
 def save_weights(path: str | Path, ddpm: DDPM) -> None:
     """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}, atomically. Raises FileError."""
-    config = {"n_feat": ddpm.nn_model.n_feat, "n_T": ddpm.n_T, "drop_prob": float(ddpm.drop_prob)}
+    config = {
+        "schedule": "cosine",
+        "n_feat": ddpm.nn_model.n_feat,
+        "n_T": ddpm.n_T,
+        "drop_prob": float(ddpm.drop_prob),
+    }
     model = {name: tensor.cpu().contiguous() for name, tensor in ddpm.nn_model.state_dict().items()}
     write_state(path, {"config": config, "model": model})
 
 
 def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
     """The DDPM that save_weights wrote, in evaluation mode on device. Raises FileError if it holds anything else."""
-    error = FileError(f"{path} does not hold a network of this architecture; train one: python train_ddpm.py")
+    error = FileError(f"{path} holds no model of this architecture and schedule; train one: python train_ddpm.py")
     match read_state(path):
-        case {"config": {"n_feat": int(n_feat), "n_T": int(n_T), "drop_prob": float(drop_prob)}, "model": dict(model)}:
+        case {
+            "config": {"schedule": "cosine", "n_feat": int(n_feat), "n_T": int(n_T), "drop_prob": float(drop_prob)},
+            "model": dict(model),
+        }:
             pass
         case _:
             raise error

@@ -96,12 +96,11 @@ def draw_grids(ddpm: DDPM, args: argparse.Namespace) -> None:
 
 
 def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
-    """Draws digits 0 to 9, and makes a video of N_FRAMES of the steps. More are of the end than of the start."""
+    """Draws digits 0 to 9, and makes a video of N_FRAMES of the steps."""
     torch.manual_seed(args.seed)
     states = list(denoise(ddpm, torch.arange(10, device=ddpm.alphabar.device), args))
-    time = torch.linspace(0, 1, N_FRAMES)
-    shown = args.steps * (1 - (1 - time) ** 3)
-    frames = [states[step] for step in shown.round().int()]
+    shown = torch.linspace(0, args.steps, N_FRAMES).round().int()
+    frames = [states[step] for step in shown]
     path = args.outdir / "denoising_process_0to9.mp4"
     write_atomically(path, encode_mp4(frames, args.scale))
     write_atomically(path.with_suffix(".gif"), encode_gif(frames, min(args.scale, 3)))

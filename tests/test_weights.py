@@ -70,7 +70,7 @@ def test_any_model_that_was_saved_can_be_loaded(path):
 
 
 def test_file_is_the_documented_one(ddpm, state):
-    assert state["config"] == {"n_feat": 8, "n_T": 50, "drop_prob": 0.2}
+    assert state["config"] == {"schedule": "cosine", "n_feat": 8, "n_T": 50, "drop_prob": 0.2}
     assert state["model"].keys() == ddpm.nn_model.state_dict().keys()
     assert state.keys() == {"config", "model"}
 
@@ -143,6 +143,15 @@ def test_file_of_the_previous_version(path):
     assert "python train_ddpm.py" in message
 
 
+def test_file_of_the_linear_schedule(state, path):
+    """It has the same network, but its digits would be wrong without a word."""
+    del state["config"]["schedule"]
+    torch.save(state, path)
+    message = refusal(path)
+    assert "architecture" in message
+    assert "python train_ddpm.py" in message
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -154,7 +163,7 @@ def test_file_of_the_previous_version(path):
         ("n_feat", "8"),
         ("n_feat", 8.0),
         ("n_feat", torch.tensor(8)),
-        ("n_T", 20),
+        ("n_T", 0),
         ("n_T", 2**40),
         ("n_T", float("nan")),
         ("n_T", [50]),
@@ -162,6 +171,7 @@ def test_file_of_the_previous_version(path):
         ("drop_prob", None),
         ("drop_prob", 1.5),
         ("drop_prob", float("nan")),
+        ("schedule", "linear"),
     ],
 )
 def test_impossible_config(state, path, key, value):
