@@ -43,7 +43,7 @@ def ddpm_schedule(n_T: int) -> Tensor:
     """alphabar[t] = (1 - beta_1) ... (1 - beta_t) (section 2), float32 [n_T + 1]. alphabar[0] = 1 is clean data.
 
     + A squared cosine, f(t) / f(0) (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). At t = n_T, where f is 0,
-    alphabar is 1e-8, so that no formula divides by 0. In the DDPM paper, beta rises linearly, and the last half of the
+    alphabar is 1e-8, so that no formula divides by 0. In the DDPM paper, beta rises linearly, and the last third of the
     x_t have almost only noise.
     """
     t = torch.arange(n_T + 1, dtype=torch.float64)
@@ -178,7 +178,7 @@ class DDPM(nn.Module):
         """+ v with classifier-free guidance, (1 + w) v(x_t, c) - w v(x_t), shaped as x_t (Ho & Salimans 2022, eq. 6).
 
         That paper has eps in place of v. Both give the same: v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar) is
-        linear in eps, and the terms with x_t add up to one, as (1 + w) - w = 1.
+        linear in eps, and the factors of x_t add up to that of a single v, as (1 + w) - w = 1.
         + It acts only in GUIDANCE_INTERVAL of t / n_T (Kynkäänniemi et al. 2024, arXiv:2404.07724).
         """
         time = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
