@@ -81,7 +81,7 @@ def load_mnist(data_dir: Path) -> tuple[Tensor, Tensor]:
     try:
         mnist = MNIST(data_dir, download=True)
     except PermissionError as error:
-        raise FileError(f"cannot read {error.filename} ({error.strerror})") from None
+        raise FileError(f"cannot read or write {error.filename} ({error.strerror})") from None
     except Exception as error:  # no network, a refusal, a full disk, a damaged file: each has a type of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         sys.exit(f"error: cannot read {files} ({reason}); put them there, unpacked, or delete damaged ones")

@@ -102,6 +102,8 @@ def main() -> None:
         save_png(args.outdir / "learning.png", learning(args.weights))
         return
     ddpm = load_ddpm(args.weights)
+    if ddpm.n_T < 50:
+        raise SystemExit(f"error: {args.weights} has {ddpm.n_T} timesteps; the pictures need at least 50")
     for figure in (noise_levels, estimates, guidance, steps):
         save_png(args.outdir / f"{figure.__name__}.png", figure(ddpm, args.seed))
 

@@ -378,7 +378,7 @@ def test_unreadable_data(workdir, monkeypatch, train, name, reader):
 
     monkeypatch.setattr(mnist, reader, refused)
     result = train(workdir)
-    assert_one_line_error(result, "cannot read", name, "Permission denied")
+    assert_one_line_error(result, "cannot read or write", name, "Permission denied")
     assert "delete" not in result.stderr
 
 
