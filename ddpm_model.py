@@ -42,9 +42,9 @@ N_T_RANGE = (1, 10_000)
 def ddpm_schedule(n_T: int) -> Tensor:
     """alphabar[t] = (1 - beta_1) ... (1 - beta_t) (section 2), float32 [n_T + 1]. alphabar[0] = 1 is clean data.
 
-    + A squared cosine, f(t) / f(0) (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). At t = n_T, where f is 0,
-    alphabar is 1e-8, so that no formula divides by 0. In the DDPM paper, beta rises linearly, and the last third of the
-    x_t have almost only noise.
+    + A squared cosine, f(t) / f(0) (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). In the DDPM paper, beta rises
+    linearly, and the last third of the x_t are almost pure noise.
+    alphabar is at least 1e-8: without this, rounding makes `denoise` take the root of a negative number at t = n_T.
     """
     t = torch.arange(n_T + 1, dtype=torch.float64)
     f = torch.cos((t / n_T + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -55,10 +55,10 @@ def ddpm_schedule(n_T: int) -> Tensor:
 # ---- The network -----------------------------------------------------------------------------------------------------
 
 
-def time_embedding(time: Tensor, dim: int) -> Tensor:
-    """Sinusoids (section 4; Vaswani et al. 2017, arXiv:1706.03762): time [B] in (0, 1] -> [B, dim]."""
-    k = torch.arange(dim // 2, device=time.device)
-    frequencies = 1000 * 10_000 ** (-2 * k / dim)  # 1000 * time is the paper's timestep
+def time_embedding(time: Tensor) -> Tensor:
+    """Sinusoids (section 4; Vaswani et al. 2017, arXiv:1706.03762): time [B] in (0, 1] -> [B, TIME_DIM]."""
+    k = torch.arange(TIME_DIM // 2, device=time.device)
+    frequencies = 1000 * 10_000 ** (-2 * k / TIME_DIM)  # 1000, as the paper has 1000 timesteps
     angles = time[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -92,7 +92,7 @@ class ContextUnet(nn.Module):
     n_feat: channels at 14x14; there are 4 n_feat at 7x7.
     + Pixel unshuffle: each 2x2 patch of pixels becomes 4 channels, so all work is at 14x14 and 7x7. It is the inverse
     of pixel shuffle (Shi et al. 2016, arXiv:1609.05158).
-    + Each class has a learned map of channels, which is added at 7x7: what to draw, and where.
+    + Each class has a learned map [4 n_feat, 7, 7], which is added at 7x7: what to draw, and where.
     """
 
     def __init__(self, n_feat: int = 32):
@@ -122,7 +122,7 @@ class ContextUnet(nn.Module):
         the class, False (or 0) hides it.
         """
         c = torch.where(context_mask > 0, c, N_CLASSES)
-        emb = self.time_emb(time_embedding(time, TIME_DIM)) + self.context_emb(c)
+        emb = self.time_emb(time_embedding(time)) + self.context_emb(c)
         emb = F.silu(self.emb(F.silu(emb)))  # [B, 4 n_feat]
 
         h = self.stem(F.pixel_unshuffle(x, 2))  # [B, n_feat, 14, 14]
@@ -144,7 +144,7 @@ class DDPM(nn.Module):
     """The diffusion process around a network: the training loss and the sampler.
 
     nn_model: a ContextUnet. n_T: number of timesteps, in N_T_RANGE. drop_prob: probability in [0, 1] that training
-    hides an image's class. Images are in [0, 1] outside this class and in [-1, 1] inside it.
+    hides an image's class. Callers see images in [0, 1]; in the equations, x_0 is in [-1, 1].
     """
 
     def __init__(self, nn_model: nn.Module, n_T: int = 400, drop_prob: float = 0.1):
@@ -157,9 +157,10 @@ class DDPM(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """The training loss, a scalar (algorithm 1), for images x [B,1,28,28] in [0, 1] of classes c [B] int64.
 
-        + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512): x_0 follows from eps by a division by
-        sqrt(alphabar), which is near 0 at large t, and from v without one. As v - v_hat = (eps - eps_hat) /
-        sqrt(alphabar), this is the paper's loss (eq. 14) with the weight 1 / alphabar, as a mean over the pixels.
+        + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512). To get x_0 from eps takes a division
+        by sqrt(alphabar), which is near 0 at large t; from v it takes none. With eq. 4,
+        v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar), so v - v_hat = (eps - eps_hat) / sqrt(alphabar): this is
+        the paper's loss (eq. 14) with the weight 1 / alphabar, as a mean over the pixels.
         + With probability drop_prob the class is hidden, so that the network also learns to draw without one (Ho &
         Salimans 2022, arXiv:2207.12598, algorithm 1).
         """
@@ -175,18 +176,17 @@ class DDPM(nn.Module):
         return F.mse_loss(v_hat, v)
 
     def guided_v(self, x_t: Tensor, c: Tensor, t: int, guide_w: float) -> Tensor:
-        """+ v with classifier-free guidance, (1 + w) v(x_t, c) - w v(x_t), shaped as x_t (Ho & Salimans 2022, eq. 6).
+        """+ Classifier-free guidance (Ho & Salimans 2022, eq. 6): (1 + w) v(x_t, c) - w v(x_t, null), shaped as x_t.
 
-        That paper has eps in place of v. Both give the same: v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar) is
-        linear in eps, and the factors of x_t add up to that of a single v, as (1 + w) - w = 1.
-        + It acts only in GUIDANCE_INTERVAL of t / n_T (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+        That paper has eps in place of v. Both give the same, as v is affine in eps (see `forward`), and the weights
+        1 + w and -w add up to 1.
+        + It acts only while t / n_T is in GUIDANCE_INTERVAL (Kynkäänniemi et al. 2024, arXiv:2404.07724).
         """
         time = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
-        keep = torch.ones_like(time, dtype=torch.bool)
-        v = self.nn_model(x_t, c, time, keep)
+        v = self.nn_model(x_t, c, time, torch.ones_like(time))
         low, high = GUIDANCE_INTERVAL
         if guide_w > 0 and low < t / self.n_T <= high:
-            v_null = self.nn_model(x_t, c, time, ~keep)
+            v_null = self.nn_model(x_t, c, time, torch.zeros_like(time))
             v = (1 + guide_w) * v - guide_w * v_null
         return v
 
@@ -211,7 +211,8 @@ class DDPM(nn.Module):
         """
         steps = self.n_T if steps is None else steps
         self.check_arguments(c, guide_w, steps, eta)
-        timesteps = [round(self.n_T * i / steps) for i in range(steps, -1, -1)]  # n_T, ..., 1, 0
+        # From n_T down to 0. + Fewer steps are denser near 0 (DDIM, appendix D.2: quadratic), with no timestep twice.
+        timesteps = [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
         alphabar = self.alphabar.tolist()
         shape = (len(c), 1, 28, 28)
 
@@ -223,10 +224,11 @@ class DDPM(nn.Module):
             abar_s = alphabar[s]
             v = self.guided_v(x, c, t, guide_w)
             # Algorithm 2 goes from eps directly to x_s. Here x_0 is estimated first, so that it can be clipped.
-            x_0 = sqrt(abar_t) * x - sqrt(1 - abar_t) * v
+            x_0 = sqrt(abar_t) * x - sqrt(1 - abar_t) * v  # from eq. 4 and the definition of v
             x_0 = x_0.clamp(-1, 1)  # +
             eps = (x - sqrt(abar_t) * x_0) / sqrt(1 - abar_t)  # eq. 4, solved for eps, with the clipped x_0
-            # DDIM, eq. 12. With eta = 1, x_s is drawn from q(x_s | x_t, x_0), eq. 6 and 7 of DDPM. At s = 0, sigma = 0.
+            # DDIM, eq. 12 and 16, where alpha stands for alphabar. With eta = 1 this is DDPM, eq. 6 and 7, with x_t
+            # written in x_0 and eps. At s = 0, sigma = 0: algorithm 2 too adds no noise in its last step.
             sigma = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
             z = torch.randn(shape, generator=generator).to(c.device)
             x = sqrt(abar_s) * x_0 + sqrt(1 - abar_s - sigma**2) * eps + sigma * z
@@ -369,7 +371,8 @@ def image_grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    tiles = F.pad(images[:, 0], (2, 0, 2, 0, 0, rows * columns - len(images)))  # [rows * columns, 30, 30]
+    n_empty = rows * columns - len(images)
+    tiles = F.pad(images[:, 0], (2, 0, 2, 0, 0, n_empty))  # 2 pixels left and above: [rows * columns, 30, 30]
     grid = tiles.unflatten(0, (rows, columns)).transpose(1, 2).reshape(30 * rows, 30 * columns)
     pixels = (F.pad(grid, (0, 2, 0, 2)) * 255).round().to(torch.uint8).cpu().numpy()
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1)

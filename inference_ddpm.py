@@ -39,7 +39,8 @@ from ddpm_model import (
 WEIGHTS = Path("weights/ddpm_mnist.pth")
 BATCH_SIZE = 500  # digits drawn at a time, which bounds the memory
 MAX_WIDTH = 16_384  # pixels of a picture
-N_FRAMES, FPS = 120, 30  # from noise to digits, which the video then holds for two seconds
+N_FRAMES = 120  # of the video, from noise to digits
+FPS = 30  # frames a second; the last frame stays for two seconds
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def denoise(ddpm: DDPM, c: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
+def denoise_with_progress(ddpm: DDPM, c: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
     """ddpm.denoise with the options in args, and a line on the terminal about the time left."""
     start = time.perf_counter()
     with autocast(c.device):
@@ -87,7 +88,7 @@ def draw_grids(ddpm: DDPM, args: argparse.Namespace) -> None:
         c = torch.full((args.count,), digit, device=ddpm.alphabar.device)
         drawn = []
         for batch in c.split(BATCH_SIZE):
-            for x in denoise(ddpm, batch, args):
+            for x in denoise_with_progress(ddpm, batch, args):
                 pass
             drawn.append(x.cpu())
         path = args.outdir / f"digit_{digit}_grid.png"
@@ -98,7 +99,8 @@ def draw_grids(ddpm: DDPM, args: argparse.Namespace) -> None:
 def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
     """Draws digits 0 to 9, and makes a video of N_FRAMES of the steps."""
     torch.manual_seed(args.seed)
-    states = list(denoise(ddpm, torch.arange(10, device=ddpm.alphabar.device), args))
+    c = torch.arange(10, device=ddpm.alphabar.device)
+    states = list(denoise_with_progress(ddpm, c, args))
     shown = torch.linspace(0, args.steps, N_FRAMES).round().int()
     frames = [states[step] for step in shown]
     path = args.outdir / "denoising_process_0to9.mp4"
@@ -115,16 +117,16 @@ def encode_mp4(frames: list[Tensor], scale: int) -> bytes:
     pictures += pictures[-1:] * 2 * FPS
     with tempfile.TemporaryDirectory() as folder:  # OpenCV does not take every path, and does not report errors
         path = os.path.join(folder, "video.mp4")
-        video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"vp09"), FPS, pictures[0].shape[::-1])
-        if not video.isOpened():
+        writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"vp09"), FPS, pictures[0].shape[::-1])
+        if not writer.isOpened():
             sys.exit("error: OpenCV has no codec for VP9 video; try: pip install --upgrade opencv-python")
         for picture in pictures:
-            video.write(cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR))
-        video.release()
+            writer.write(cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR))
+        writer.release()
 
-        video = cv2.VideoCapture(path)
-        n_written = sum(1 for _ in iter(video.grab, False))
-        video.release()
+        reader = cv2.VideoCapture(path)
+        n_written = sum(1 for _ in iter(reader.grab, False))
+        reader.release()
         if n_written < len(pictures):
             sys.exit(f"error: cannot write {path} (only {n_written} of {len(pictures)} frames fit)")
         return Path(path).read_bytes()

@@ -130,7 +130,8 @@ def main() -> None:
     if args.resume:
         try:
             state = read_state(state_file)
-            options = {name: str(value) for name, value in state["options"].items()}  # to be checked like any others
+            # As strings, so that argparse checks them.
+            options = {name: str(value) for name, value in state["options"].items()}
         except (AttributeError, LookupError, TypeError):
             sys.exit(f"error: {state_file} is not a training state; start anew without --resume")
         parser.set_defaults(**options)
@@ -142,7 +143,8 @@ def main() -> None:
     images, labels = load_mnist(args.data_dir)
     if rank == 0 and world > 1:
         dist.barrier()
-    images, labels = images.to(device), labels.to(device)
+    images = images.to(device)
+    labels = labels.to(device)
     n_batches = math.ceil(len(images) / args.batch_size)
     if len(images) // n_batches < world:  # the smallest batch has an image for each process
         sys.exit(f"error: --batch-size {args.batch_size} is too small for {world} processes")
@@ -183,12 +185,12 @@ def main() -> None:
             c = labels[shard]
             with autocast(device):
                 loss = model(x, c)
-            loss = loss * len(shard) * world / len(batch)  # shards may differ in size by one
+            loss = loss * len(shard) * world / len(batch)  # undoes DDP's mean over shards, which may differ in size
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-            decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short at first, to forget the random start
+            decay = min(EMA_DECAY, (1 + step) / (10 + step))  # small at first, to forget the random start
             for average, parameter in zip(ema.parameters(), ddpm.parameters()):
                 average.lerp_(parameter.detach(), 1 - decay)
 
@@ -246,12 +248,12 @@ def save_preview(path: Path, ddpm: DDPM) -> None:
 
 def check_writable(path: Path, ddpm: DDPM) -> None:
     """Raises FileError unless path can be written. What is there stays as it is."""
-    n_bytes = 5 * sum(parameter.nbytes for parameter in ddpm.parameters())  # the training state is four times as large
     try:
         if os.path.isfile(path):
             write_atomically(path, path.read_bytes())
         else:
-            write_atomically(path, bytes(n_bytes))
+            n_bytes = sum(parameter.nbytes for parameter in ddpm.parameters())
+            write_atomically(path, bytes(5 * n_bytes))  # the training state has four copies, the weights file one
             os.unlink(os.path.realpath(path))
     except OSError as error:
         raise FileError(f"cannot replace {path} ({error.strerror})") from None
