@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-GUIDE_W = 0.5  # the default guidance weight w; README shows what other values do
-GUIDANCE_INTERVAL = (0.6, 0.9)  # guidance acts while 0.6 < t / n_T <= 0.9
+GUIDE_W = 0.35  # the default guidance weight w; README shows what other values do
+GUIDANCE_INTERVAL = (0.4, 0.9)  # guidance acts while 0.4 < t / n_T <= 0.9
 N_CLASSES = 10
 TIME_DIM = 64
 N_FEAT_RANGE = (1, 256)
@@ -89,29 +89,31 @@ class ResBlock(nn.Module):
 class ContextUnet(nn.Module):
     """A U-Net that sees a noisy image, its class (the context) and its timestep, and estimates the velocity v.
 
-    n_feat: channels at 14x14; there are 4 n_feat at 7x7.
+    n_feat: channels at 14x14; there are 3 n_feat at 7x7.
     + Pixel unshuffle: each 2x2 patch of pixels becomes 4 channels, so all work is at 14x14 and 7x7. It is the inverse
     of pixel shuffle (Shi et al. 2016, arXiv:1609.05158).
-    + Each class has a learned map [4 n_feat, 7, 7], which is added at 7x7: what to draw, and where.
+    + Each class has a learned map [3 n_feat, 7, 7], which is added at 7x7: what to draw, and where.
     """
 
-    def __init__(self, n_feat: int = 32):
+    def __init__(self, n_feat: int = 24):
         super().__init__()
         self.n_feat = n_feat
         emb_dim = 4 * n_feat
-        wide = 4 * n_feat
+        wide = 3 * n_feat
         self.time_emb = nn.Linear(TIME_DIM, emb_dim)
         self.context_emb = nn.Embedding(N_CLASSES + 1, emb_dim)  # + the last row is the null class: no condition
         self.emb = nn.Linear(emb_dim, emb_dim)
         self.context_map = nn.Embedding(N_CLASSES + 1, wide * 7 * 7)
 
         self.stem = nn.Conv2d(4, n_feat, 3, padding=1)
-        self.enc = ResBlock(n_feat, n_feat, emb_dim)
+        self.enc1 = ResBlock(n_feat, n_feat, emb_dim)
+        self.enc2 = ResBlock(n_feat, n_feat, emb_dim)
         self.down = nn.Conv2d(n_feat, wide, 2, stride=2)
         self.mid1 = ResBlock(wide, wide, emb_dim)
         self.mid2 = ResBlock(wide, wide, emb_dim)
         self.up = nn.Conv2d(wide, 4 * n_feat, 1)
-        self.dec = ResBlock(2 * n_feat, n_feat, emb_dim)
+        self.dec1 = ResBlock(2 * n_feat, n_feat, emb_dim)
+        self.dec2 = ResBlock(n_feat, n_feat, emb_dim)
         self.out_norm = nn.GroupNorm(1, n_feat)
         self.out = nn.Conv2d(n_feat, 4, 3, padding=1)
 
@@ -126,13 +128,15 @@ class ContextUnet(nn.Module):
         emb = F.silu(self.emb(F.silu(emb)))  # [B, 4 n_feat]
 
         h = self.stem(F.pixel_unshuffle(x, 2))  # [B, n_feat, 14, 14]
-        skip = self.enc(h, emb)
-        h = self.down(skip)  # [B, 4 n_feat, 7, 7]
+        h = self.enc1(h, emb)
+        skip = self.enc2(h, emb)
+        h = self.down(skip)  # [B, 3 n_feat, 7, 7]
         h = h + self.context_map(c).unflatten(1, (-1, 7, 7))
         h = self.mid1(h, emb)
         h = self.mid2(h, emb)
         h = F.pixel_shuffle(self.up(h), 2)  # [B, n_feat, 14, 14]
-        h = self.dec(torch.cat([h, skip], dim=1), emb)
+        h = self.dec1(torch.cat([h, skip], dim=1), emb)
+        h = self.dec2(h, emb)
         h = self.out(F.silu(self.out_norm(h)))
         return F.pixel_shuffle(h, 2)  # [B, 1, 28, 28]
 
@@ -271,22 +275,17 @@ class FileError(Exception):
 
 def save_weights(path: str | Path, ddpm: DDPM) -> None:
     """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}, atomically. Raises FileError."""
-    config = {
-        "schedule": "cosine",
-        "n_feat": ddpm.nn_model.n_feat,
-        "n_T": ddpm.n_T,
-        "drop_prob": float(ddpm.drop_prob),
-    }
+    config = {"n_feat": ddpm.nn_model.n_feat, "n_T": ddpm.n_T, "drop_prob": float(ddpm.drop_prob)}
     model = {name: tensor.cpu().contiguous() for name, tensor in ddpm.nn_model.state_dict().items()}
     write_state(path, {"config": config, "model": model})
 
 
 def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
     """The DDPM that save_weights wrote, in evaluation mode on device. Raises FileError if it holds anything else."""
-    error = FileError(f"{path} holds no model of this architecture and schedule; train one: python train_ddpm.py")
+    error = FileError(f"{path} holds no model of this architecture; train one: python train_ddpm.py")
     match read_state(path):
         case {
-            "config": {"schedule": "cosine", "n_feat": int(n_feat), "n_T": int(n_T), "drop_prob": float(drop_prob)},
+            "config": {"n_feat": int(n_feat), "n_T": int(n_T), "drop_prob": float(drop_prob)},
             "model": dict(model),
         }:
             pass

@@ -53,9 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--epochs", type=number(int, 1, 10**6), default=30)
     add("--batch-size", type=number(int, 1, 10**6), default=64, help="images a step, over all processes")
-    add("--lr", type=number(float, 1e-8, 1), default=2e-3, help="peak learning rate")
+    add("--lr", type=number(float, 1e-8, 1), default=4e-3, help="peak learning rate")
     add("--drop-prob", type=number(float, 0, 1), default=0.1, help="how often the class is hidden")
-    add("--n-feat", type=number(int, *N_FEAT_RANGE), default=32, help="channels at 14x14; at 7x7, four times as many")
+    add("--n-feat", type=number(int, *N_FEAT_RANGE), default=24, help="channels at 14x14; at 7x7, three times as many")
     add("--n-T", type=number(int, *N_T_RANGE), default=400, help="number of timesteps")
     add("--data-dir", type=file_path, default="data", help="has MNIST/raw, or gets it")
     add("--weights", type=file_path, default="weights/ddpm_mnist.pth", help="written at each save")

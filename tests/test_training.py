@@ -295,7 +295,6 @@ def test_foreign_states(workdir, train, call):
         {"options": good["options"]},
         good | {"options": 1},
         good | {"ddpm": {}},
-        good | {"ddpm": {name: tensor for name, tensor in good["ddpm"].items() if name != "alphabar"}},  # older
         good | {"optimizer": 1},
     ]
     for state in (*foreign, good | {"epoch": "x"}, good | {"options": good["options"] | {"n_feat": 9}}):

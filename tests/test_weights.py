@@ -70,7 +70,7 @@ def test_any_model_that_was_saved_can_be_loaded(path):
 
 
 def test_file_is_the_documented_one(ddpm, state):
-    assert state["config"] == {"schedule": "cosine", "n_feat": 8, "n_T": 50, "drop_prob": 0.2}
+    assert state["config"] == {"n_feat": 8, "n_T": 50, "drop_prob": 0.2}
     assert state["model"].keys() == ddpm.nn_model.state_dict().keys()
     assert state.keys() == {"config", "model"}
 
@@ -134,18 +134,9 @@ def test_foreign_content(path, foreign):
     assert "architecture" in refusal(path)
 
 
-def test_file_of_the_previous_version(path):
-    config = {"n_feat": 8, "n_classes": 10, "betas": (0.00025, 0.05), "n_T": 400, "drop_prob": 0.1}
-    names = ("time_emb.linear.weight", "time_emb.linear.bias", "context_emb.weight", "context_map.weight")
-    torch.save({"config": config, "model": {name: torch.zeros(8, 8) for name in names}}, path)
-    message = refusal(path)
-    assert "architecture" in message
-    assert "python train_ddpm.py" in message
-
-
-def test_file_of_the_linear_schedule(state, path):
-    """It has the same network, but its digits would be wrong without a word."""
-    del state["config"]["schedule"]
+def test_file_of_the_previous_version(state, path):
+    """Its network had one ResBlock where there are two now."""
+    state["model"] = {name.replace("enc1.", "enc."): tensor for name, tensor in state["model"].items()}
     torch.save(state, path)
     message = refusal(path)
     assert "architecture" in message
@@ -171,7 +162,6 @@ def test_file_of_the_linear_schedule(state, path):
         ("drop_prob", None),
         ("drop_prob", 1.5),
         ("drop_prob", float("nan")),
-        ("schedule", "linear"),
     ],
 )
 def test_impossible_config(state, path, key, value):
