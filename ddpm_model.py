@@ -435,13 +435,3 @@ def pick_device(name: str) -> torch.device:
             f"must be auto, or a device of this machine such as cpu, not {name!r}"
         ) from None
     return torch.device(name)
-
-
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """+ Where the hardware computes in bfloat16, multiplications use it (Kalamkar et al. 2019, arXiv:1905.12322)."""
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.4 does not have it
-        native = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    return torch.autocast(device.type, torch.bfloat16) if native else contextlib.nullcontext()

@@ -23,7 +23,6 @@ from torch import Tensor
 from ddpm_model import (
     DDPM,
     GUIDE_W,
-    autocast,
     file_path,
     image_grid,
     load_ddpm,
@@ -73,11 +72,10 @@ def parse_args() -> argparse.Namespace:
 def denoise_with_progress(ddpm: DDPM, c: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
     """ddpm.denoise with the options in args, and a line on the terminal about the time left."""
     start = time.perf_counter()
-    with autocast(c.device):
-        for step, x in enumerate(ddpm.denoise(c, args.guide_w, args.steps, args.eta)):
-            left = (time.perf_counter() - start) * (args.steps - step) / max(step, 1)
-            show_progress(f"digits {c.unique().tolist()}: step {step}/{args.steps}, {left:.0f} s left")
-            yield x
+    for step, x in enumerate(ddpm.denoise(c, args.guide_w, args.steps, args.eta)):
+        left = (time.perf_counter() - start) * (args.steps - step) / max(step, 1)
+        show_progress(f"digits {c.unique().tolist()}: step {step}/{args.steps}, {left:.0f} s left")
+        yield x
     show_progress("")
 
 

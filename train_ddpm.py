@@ -6,6 +6,7 @@ torchrun --nproc-per-node=4 train_ddpm.py          # four GPUs share each batch
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import os
@@ -23,7 +24,6 @@ from ddpm_model import (
     N_T_RANGE,
     ContextUnet,
     FileError,
-    autocast,
     file_path,
     image_grid,
     number,
@@ -105,6 +105,16 @@ def join_processes(device: torch.device) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """+ Where the hardware computes in bfloat16, multiplications use it (Kalamkar et al. 2019, arXiv:1905.12322)."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.4 does not have it
+        native = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16) if native else contextlib.nullcontext()
 
 
 def learning_rate(step: int, n_steps: int, peak: float) -> float:

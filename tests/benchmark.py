@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_ddpm
-from ddpm_model import DDPM, ContextUnet, autocast, pick_device
+from ddpm_model import DDPM, ContextUnet, pick_device
 
 N_IMAGES = 60_000  # of an epoch
 
@@ -60,23 +60,22 @@ def main() -> None:
 
     def train_20_steps() -> None:
         for _ in range(20):
-            with autocast(device):
+            with train_ddpm.autocast(device):
                 loss = ddpm(x, c)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    with autocast(device):
+    with train_ddpm.autocast(device):
         precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
     epoch = seconds(train_20_steps, device) / (20 * options.batch_size) * N_IMAGES
     print(f"training, {precision}, batch {options.batch_size}: {epoch:.1f} s an epoch of {N_IMAGES:,}")
-    with autocast(device):
-        nine = torch.full((9,), 5, device=device)
-        for steps in (ddpm.n_T, 50):
-            print(f"nine digits, {steps} steps: {seconds(lambda s=steps: ddpm.sample(nine, steps=s), device):.2f} s")
-        many = torch.arange(10, device=device).repeat(10 if device.type == "cpu" else 400)
-        rate = len(many) / seconds(lambda: ddpm.sample(many, steps=50), device, runs=3)
-        print(f"batches of {len(many)}, 50 steps: {rate:.0f} digits a second")
+    nine = torch.full((9,), 5, device=device)
+    for steps in (ddpm.n_T, 50):
+        print(f"nine digits, {steps} steps: {seconds(lambda s=steps: ddpm.sample(nine, steps=s), device):.2f} s")
+    many = torch.arange(10, device=device).repeat(10 if device.type == "cpu" else 400)
+    rate = len(many) / seconds(lambda: ddpm.sample(many, steps=50), device, runs=3)
+    print(f"batches of {len(many)}, 50 steps: {rate:.0f} digits a second")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, autocast, file_path, load_ddpm, number, one_line_errors, pick_device
+from ddpm_model import DDPM, GUIDE_W, file_path, load_ddpm, number, one_line_errors, pick_device
 from tests.digit_classifier import DigitClassifier, judge, load_classifier
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mnist_features.pth"
@@ -108,8 +108,7 @@ def draw(
     """per_class images of each digit, [10 per_class,1,28,28] in the 8 bits of a PNG: all zeros, then all ones, ..."""
     generator = torch.Generator().manual_seed(seed)
     c = torch.arange(10).repeat_interleave(per_class).to(ddpm.alphabar.device)
-    with autocast(c.device):
-        images = torch.cat([ddpm.sample(batch, guide_w, steps, eta, generator) for batch in c.split(batch_size)])
+    images = torch.cat([ddpm.sample(batch, guide_w, steps, eta, generator) for batch in c.split(batch_size)])
     return (images.cpu() * 255).round() / 255
 
 

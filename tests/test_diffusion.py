@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_model import DDPM, GUIDANCE_INTERVAL, ContextUnet, autocast, ddpm_schedule, image_grid, pick_device, to_image
+from ddpm_model import DDPM, GUIDANCE_INTERVAL, ContextUnet, ddpm_schedule, image_grid, pick_device, to_image
 
 
 def cosine(t: int, n_T: int) -> float:
@@ -440,22 +440,3 @@ def test_device_that_is_not_here_is_a_usage_error(name, capsys):
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert f"must be auto, or a device of this machine such as cpu, not {name!r}" in error
-
-
-@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_gpu_computes_in_bf16_where_that_is_native(monkeypatch, capability, native):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert isinstance(autocast(torch.device("cuda")), torch.autocast) == native
-
-
-@pytest.mark.parametrize("capabilities", [{"avx512_bf16": True}, {"amx_bf16": True}, {"amx_bf16": False}, {}, None])
-def test_cpu_computes_in_bf16_where_that_is_native(monkeypatch, capabilities):
-    if capabilities is None:  # torch is too old to tell
-        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    else:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    native = True in (capabilities or {}).values()
-    for device, expected in (("cpu", native), ("mps", False)):
-        with autocast(torch.device(device)):
-            assert ((torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16) == expected

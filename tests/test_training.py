@@ -127,6 +127,25 @@ def test_last_step(workdir, train):
     assert not any(torch.equal(weights[name], state["ddpm"][f"nn_model.{name}"]) for name in weights)
 
 
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_bf16_on_gpus(monkeypatch, capability, native):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert isinstance(train_ddpm.autocast(torch.device("cuda")), torch.autocast) == native
+
+
+@pytest.mark.parametrize("capabilities", [{"avx512_bf16": True}, {"amx_bf16": True}, {"amx_bf16": False}, {}, None])
+def test_bf16_on_cpus(monkeypatch, capabilities):
+    if capabilities is None:  # torch is too old to tell
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    native = True in (capabilities or {}).values()
+    for device, expected in (("cpu", native), ("mps", False)):
+        with train_ddpm.autocast(torch.device(device)):
+            assert ((torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16) == expected
+
+
 # ---- Stopping and going on
 
 
