@@ -108,7 +108,7 @@ def join_processes(device: torch.device) -> tuple[int, int, torch.device]:
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """+ Where the hardware computes in bfloat16, multiplications use it (Kalamkar et al. 2019, arXiv:1905.12322)."""
+    """Where the hardware computes in bfloat16, multiplications use it (Kalamkar et al. 2019, arXiv:1905.12322)."""
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
