@@ -17,10 +17,8 @@ import io
 import itertools
 import math
 import os
-import pickle
 import secrets
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from math import sqrt
 from pathlib import Path
@@ -36,7 +34,7 @@ GUIDANCE_INTERVAL = (0.4, 0.9)  # guidance acts while 0.4 < t / n_T <= 0.9
 N_CLASSES = 10
 TIME_DIM = 64
 N_FEAT_RANGE = (1, 256)
-N_T_RANGE = (1, 10_000)
+N_T_RANGE = (1, 10_000)  # with more, alphabar would reach the bound in ddpm_schedule before t = n_T
 
 
 def ddpm_schedule(n_T: int) -> Tensor:
@@ -45,6 +43,7 @@ def ddpm_schedule(n_T: int) -> Tensor:
     + A squared cosine, f(t) / f(0) (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). In the DDPM paper, beta rises
     linearly, and the last third of the x_t are almost pure noise.
     alphabar is at least 1e-8: without this, rounding makes `denoise` take the root of a negative number at t = n_T.
+    The bound acts at t = n_T alone as long as n_T is in N_T_RANGE.
     """
     t = torch.arange(n_T + 1, dtype=torch.float64)
     f = torch.cos((t / n_T + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -55,11 +54,11 @@ def ddpm_schedule(n_T: int) -> Tensor:
 # ---- The network -----------------------------------------------------------------------------------------------------
 
 
-def time_embedding(time: Tensor) -> Tensor:
-    """Sinusoids (section 4; Vaswani et al. 2017, arXiv:1706.03762): time [B] in (0, 1] -> [B, TIME_DIM]."""
-    k = torch.arange(TIME_DIM // 2, device=time.device)
+def time_embedding(t_fraction: Tensor) -> Tensor:
+    """Sinusoids (section 4; Vaswani et al. 2017, arXiv:1706.03762): t / n_T, [B] in (0, 1] -> [B, TIME_DIM]."""
+    k = torch.arange(TIME_DIM // 2, device=t_fraction.device)
     frequencies = 1000 * 10_000 ** (-2 * k / TIME_DIM)  # 1000, as the paper has 1000 timesteps
-    angles = time[:, None] * frequencies
+    angles = t_fraction[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -67,6 +66,7 @@ class ResBlock(nn.Module):
     """A residual block: x [B, in_channels, H, W], emb [B, emb_dim] -> [B, out_channels, H, W].
 
     + FiLM: emb scales and shifts the channels (Perez et al. 2017, arXiv:1709.07871). The DDPM paper only adds it.
+    GroupNorm with one group normalises over channels and pixels together (layer normalisation over C, H and W).
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
@@ -95,7 +95,7 @@ class ContextUnet(nn.Module):
     + Each class has a learned map [3 n_feat, 7, 7], which is added at 7x7: what to draw, and where.
     """
 
-    def __init__(self, n_feat: int = 24):
+    def __init__(self, n_feat: int = 32):
         super().__init__()
         self.n_feat = n_feat
         emb_dim = 4 * n_feat
@@ -117,14 +117,14 @@ class ContextUnet(nn.Module):
         self.out_norm = nn.GroupNorm(1, n_feat)
         self.out = nn.Conv2d(n_feat, 4, 3, padding=1)
 
-    def forward(self, x: Tensor, c: Tensor, time: Tensor, context_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, t_fraction: Tensor, context_mask: Tensor) -> Tensor:
         """An estimate of v = sqrt(alphabar) eps - sqrt(1 - alphabar) x_0, shaped as x.
 
-        x [B,1,28,28]: noisy image. c [B] int64: class. time [B] in (0, 1]: t / n_T. context_mask [B]: True (or 1) keeps
-        the class, False (or 0) hides it.
+        x [B,1,28,28]: noisy image. c [B] int64: class. t_fraction [B] in (0, 1]: t / n_T. context_mask [B]: True (or 1)
+        keeps the class, False (or 0) hides it.
         """
         c = torch.where(context_mask > 0, c, N_CLASSES)
-        emb = self.time_emb(time_embedding(time)) + self.context_emb(c)
+        emb = self.time_emb(time_embedding(t_fraction)) + self.context_emb(c)
         emb = F.silu(self.emb(F.silu(emb)))  # [B, 4 n_feat]
 
         h = self.stem(F.pixel_unshuffle(x, 2))  # [B, n_feat, 14, 14]
@@ -164,7 +164,8 @@ class DDPM(nn.Module):
         + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512). To get x_0 from eps takes a division
         by sqrt(alphabar), which is near 0 at large t; from v it takes none. With eq. 4,
         v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar), so v - v_hat = (eps - eps_hat) / sqrt(alphabar): this is
-        the paper's loss (eq. 14) with the weight 1 / alphabar, as a mean over the pixels.
+        the paper's loss (eq. 14) with the weight 1 / alphabar, as a mean over the pixels. The weight is large at large
+        t, but the loss is not: in x_0, the weight is 1 / (1 - alphabar), which is near 1 there.
         + With probability drop_prob the class is hidden, so that the network also learns to draw without one (Ho &
         Salimans 2022, arXiv:2207.12598, algorithm 1).
         """
@@ -186,18 +187,28 @@ class DDPM(nn.Module):
         1 + w and -w add up to 1.
         + It acts only while t / n_T is in GUIDANCE_INTERVAL (Kynkäänniemi et al. 2024, arXiv:2404.07724).
         """
-        time = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
-        v = self.nn_model(x_t, c, time, torch.ones_like(time))
+        t_fraction = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
+        keep = torch.ones_like(t_fraction)
         low, high = GUIDANCE_INTERVAL
-        if guide_w > 0 and low < t / self.n_T <= high:
-            v_null = self.nn_model(x_t, c, time, torch.zeros_like(time))
-            v = (1 + guide_w) * v - guide_w * v_null
-        return v
+        if guide_w == 0 or not low < t / self.n_T <= high:
+            return self.nn_model(x_t, c, t_fraction, keep)
+        # Both estimates in one pass, as one batch of twice the size.
+        context_mask = torch.cat([keep, 0 * keep])
+        both = self.nn_model(x_t.repeat(2, 1, 1, 1), c.repeat(2), t_fraction.repeat(2), context_mask)
+        v, v_null = both.chunk(2)
+        return (1 + guide_w) * v - guide_w * v_null
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The steps + 1 timesteps that sampling visits, from n_T down to 0.
+
+        + With fewer steps than n_T, they are denser near 0 (DDIM, appendix D.2: quadratic), with no timestep twice.
+        """
+        return [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
 
     @torch.no_grad()
     def denoise(
         self,
-        c: Tensor,
+        c: Tensor | list[int] | int,
         guide_w: float = GUIDE_W,
         steps: int | None = None,
         eta: float = 1.0,
@@ -205,24 +216,22 @@ class DDPM(nn.Module):
     ) -> Iterator[Tensor]:
         """Sampling (algorithm 2). Yields steps + 1 batches of images [N,1,28,28] in [0, 1], from noise to digits.
 
-        c [N] int64: classes, on the model's device. guide_w: guidance weight, >= 0.
+        c: classes, whole numbers in 0 .. 9, in anything that torch.as_tensor takes. guide_w: guidance weight, >= 0.
         steps: 1 .. n_T, by default n_T. + With fewer, timesteps are skipped (DDIM, J. Song et al. 2020,
         arXiv:2010.02502).
         eta: 1 is DDPM, with the variance of its eq. 7. + 0 is DDIM, which adds no noise during sampling; numbers
         between mix both (eq. 16 there).
         generator: a CPU generator, so that a seed means the same noise on every device.
-        Raises ValueError, when the first image is asked for, if an argument is out of range.
+        Raises ValueError if c or steps is out of range. This is a generator, so it does so with the first image.
         """
         steps = self.n_T if steps is None else steps
-        self.check_arguments(c, guide_w, steps, eta)
-        # From n_T down to 0. + Fewer steps are denser near 0 (DDIM, appendix D.2: quadratic), with no timestep twice.
-        timesteps = [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
+        c = self.check_arguments(c, steps)
         alphabar = self.alphabar.tolist()
         shape = (len(c), 1, 28, 28)
 
         x = torch.randn(shape, generator=generator).to(c.device)  # x_T
         yield to_image(x)
-        for t, s in itertools.pairwise(timesteps):
+        for t, s in itertools.pairwise(self.timesteps(steps)):
             # From x_t to the less noisy x_s. With all steps, s = t - 1 and abar_t / abar_s is alpha_t.
             abar_t = alphabar[t]
             abar_s = alphabar[s]
@@ -232,35 +241,33 @@ class DDPM(nn.Module):
             x_0 = x_0.clamp(-1, 1)  # +
             eps = (x - sqrt(abar_t) * x_0) / sqrt(1 - abar_t)  # eq. 4, solved for eps, with the clipped x_0
             # DDIM, eq. 12 and 16, where alpha stands for alphabar. With eta = 1 this is DDPM, eq. 6 and 7, with x_t
-            # written in x_0 and eps. At s = 0, sigma = 0: algorithm 2 too adds no noise in its last step.
+            # written in x_0 and eps. At s = 0, sigma = 0 and z, though drawn, has no effect: algorithm 2, line 3.
             sigma = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
             z = torch.randn(shape, generator=generator).to(c.device)
             x = sqrt(abar_s) * x_0 + sqrt(1 - abar_s - sigma**2) * eps + sigma * z
             yield to_image(x)
 
-    def sample(self, c: Tensor, *args, **kwargs) -> Tensor:
+    def sample(self, *args, **kwargs) -> Tensor:
         """The digits that `denoise` ends with, [N,1,28,28] in [0, 1]. Takes the arguments of `denoise`."""
-        for x in self.denoise(c, *args, **kwargs):
+        for x in self.denoise(*args, **kwargs):
             pass
         return x
 
-    def check_arguments(self, c: Tensor, guide_w: float, steps: int, eta: float) -> None:
-        """Raises ValueError unless they are arguments for `denoise`."""
-        device = self.alphabar.device
-        if c.dtype != torch.int64 or c.device != device:
-            raise ValueError(f"classes must be int64 on {device}, not {c.dtype} on {c.device}")
-        if not all(0 <= label < N_CLASSES for label in c.tolist()):
-            raise ValueError(f"classes must be in 0 .. {N_CLASSES - 1}")
-        if not guide_w >= 0:
-            raise ValueError(f"guide_w must be at least 0, not {guide_w}")
+    def check_arguments(self, c: Tensor | list[int] | int, steps: int) -> Tensor:
+        """The classes as a tensor [N] int64 on the model's device. Raises ValueError if c or steps is out of range."""
+        c = torch.as_tensor(c).reshape(-1)
+        if not set(c.tolist()) <= set(range(N_CLASSES)):
+            raise ValueError(f"classes must be whole numbers in 0 .. {N_CLASSES - 1}, not {c.tolist()}")
         if not 1 <= steps <= self.n_T:
             raise ValueError(f"steps must be in 1 .. {self.n_T}, not {steps}")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be in [0, 1], not {eta}")
+        return c.to(self.alphabar.device, torch.int64)
 
 
 def to_image(x: Tensor) -> Tensor:
-    """From [-1, 1] to images in [0, 1], clipped. + What is within 2 % of black or white becomes black or white."""
+    """From [-1, 1] to images in [0, 1], clipped. + What is within 2 % of black or white becomes black or white.
+
+    Most pixels of MNIST are exactly black or white, and the estimates of the network are off by up to 2 %.
+    """
     x = (x + 1) / 2
     x = torch.where(x < 0.02, 0, x)
     return torch.where(x > 0.98, 1, x)
@@ -269,65 +276,52 @@ def to_image(x: Tensor) -> Tensor:
 # ---- The weights file ------------------------------------------------------------------------------------------------
 
 
-class FileError(Exception):
-    """A file that cannot be read, used or written. The message is one line: the file, the cause, what to do."""
+class UserError(Exception):
+    """What the user can mend, in one line: what is wrong, why, and what to do."""
 
 
 def save_weights(path: str | Path, ddpm: DDPM) -> None:
-    """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}, atomically. Raises FileError."""
+    """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}, atomically. Raises UserError."""
     config = {"n_feat": ddpm.nn_model.n_feat, "n_T": ddpm.n_T, "drop_prob": float(ddpm.drop_prob)}
+    # Training keeps tensors in the memory format channels_last; contiguous() undoes this.
     model = {name: tensor.cpu().contiguous() for name, tensor in ddpm.nn_model.state_dict().items()}
     write_state(path, {"config": config, "model": model})
 
 
 def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
-    """The DDPM that save_weights wrote, in evaluation mode on device. Raises FileError if it holds anything else."""
-    error = FileError(f"{path} holds no model of this architecture; train one: python train_ddpm.py")
+    """The DDPM that save_weights wrote, in evaluation mode on device. Raises UserError if the file holds another."""
+    error = UserError(f"{path} holds no model of this architecture; train one: python train_ddpm.py")
     match read_state(path):
-        case {
-            "config": {"n_feat": int(n_feat), "n_T": int(n_T), "drop_prob": float(drop_prob)},
-            "model": dict(model),
-        }:
-            pass
+        case {"config": {"n_feat": int(n_feat), "n_T": int(n_T), "drop_prob": float(drop_prob)}, "model": dict(model)}:
+            ddpm = DDPM(ContextUnet(n_feat), n_T, drop_prob)
         case _:
             raise error
-    in_range = N_FEAT_RANGE[0] <= n_feat <= N_FEAT_RANGE[1] and N_T_RANGE[0] <= n_T <= N_T_RANGE[1]
-    if not (in_range and 0 <= drop_prob <= 1):
-        raise error
-    net = ContextUnet(n_feat)
     try:
-        net.load_state_dict(model)
-    except (AttributeError, RuntimeError, TypeError):  # other names, shapes or kinds of tensors
+        ddpm.nn_model.load_state_dict(model)
+    except RuntimeError:  # other names or shapes
         raise error from None
-    if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in model.values()):
-        raise error
-    return DDPM(net, n_T, drop_prob).to(device, memory_format=torch.channels_last).eval()
+    return ddpm.to(device, memory_format=torch.channels_last).eval()
 
 
 def write_state(path: str | Path, state: dict) -> None:
-    """torch.save, atomically. Raises FileError."""
+    """torch.save, atomically. Raises UserError."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())
 
 
 def read_state(path: str | Path) -> object:
-    """What write_state wrote, on the CPU. Runs no code from the file. Raises FileError."""
+    """What write_state wrote, on the CPU. Runs no code from the file. Raises UserError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at checksums, and skips records marked as folders.
-            damaged = archive.testzip() or any(entry.external_attr & 0x10 for entry in archive.infolist())
-        if not damaged:
-            return torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(path).read_bytes()
     except FileNotFoundError:
-        raise FileError(f"{path} does not exist; make it with: python train_ddpm.py") from None
+        raise UserError(f"{path} does not exist; make it with: python train_ddpm.py") from None
     except OSError as error:
-        raise FileError(f"cannot read {path} ({error.strerror})") from None
-    except pickle.UnpicklingError:
-        raise FileError(f"{path} holds more than weights and could run code, so it was not loaded") from None
-    except Exception as error:  # a damaged archive makes zipfile, zlib and torch raise errors of many types
-        raise FileError(f"{path} is not a readable weights file ({type(error).__name__}); get it again") from None
-    raise FileError(f"{path} is damaged; get it again")
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damage makes torch raise errors of many types
+        raise UserError(f"{path} is damaged, or holds more than weights and could run code; get it again") from error
 
 
 # ---- What the scripts share ------------------------------------------------------------------------------------------
@@ -336,13 +330,13 @@ def read_state(path: str | Path) -> object:
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Writes a file that at any moment, even if the process is killed, is the old one or the new one.
 
-    A symbolic link stays a link: its target is written. Raises FileError, also where path is a folder or a device.
+    A symbolic link stays a link: its target is written. Raises UserError, also where path is a folder or a device.
     """
     target = Path(os.path.realpath(path))
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise UserError(f"cannot write {path} (not a regular file)")
     temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
     try:
-        if target.exists() and not target.is_file():
-            raise OSError(0, "not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(data)
@@ -350,14 +344,14 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise FileError(f"cannot write {path} ({error.strerror})") from error
+        raise UserError(f"cannot write {path} ({error.strerror})") from None
     finally:
         with contextlib.suppress(OSError):  # there is none if all went well
             temporary.unlink()
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
-    """uint8 [height, width] -> a grey PNG, atomically. Raises FileError."""
+    """uint8 [height, width] -> a grey PNG, atomically. Raises UserError."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
@@ -378,20 +372,21 @@ def image_grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
 
 
 def say(text: str) -> None:
-    """Prints a line. Escapes what stdout cannot encode, and ignores a stdout that was closed."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    """Prints a line. Once stdout is closed, or its disk is full, prints nothing more: the work goes on."""
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError:  # a broken pipe, a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = None
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For main: a FileError becomes one line on stderr and status 1, Ctrl-C becomes "stopped" and status 130."""
+    """For main: a UserError becomes one line on stderr and status 1, Ctrl-C becomes "stopped" and status 130."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name can have characters that it cannot encode
     try:
         yield
-    except FileError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         show_progress("")
@@ -425,13 +420,16 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 def pick_device(name: str) -> torch.device:
-    """An argparse type: a device that works here. "auto" is the GPU if there is one, else the CPU."""
-    if name == "auto":
+    """An argparse type: a device that works here. "auto" is the GPU if there is one that works, else the CPU."""
+    auto = name == "auto"
+    if auto:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError):
-        raise argparse.ArgumentTypeError(
-            f"must be auto, or a device of this machine such as cpu, not {name!r}"
-        ) from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]  # torch adds much advice
+        if not auto:
+            raise argparse.ArgumentTypeError(f"cannot use {name!r} ({reason}); auto and cpu work here") from None
+        say(f"warning: cannot use the GPU ({reason}); the CPU is used")
+        name = "cpu"
     return torch.device(name)

@@ -6,23 +6,21 @@ python stitch_images.py                                  # combined_2x5_grid.png
 
 import argparse
 import os
-import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ddpm_model import file_path, one_line_errors, save_png, say
+from ddpm_model import UserError, file_path, one_line_errors, save_png, say
 
 
 def read_grid(path: Path) -> np.ndarray:
-    """The picture at path, uint8 [height, width]. Exits with one line if it cannot be read."""
+    """The picture at path, uint8 [height, width]. Raises UserError if it cannot be read."""
     try:
         with Image.open(path) as image:
             return np.array(image.convert("L"))
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more on damaged files
-        sys.exit(f"error: {path} is not a readable picture ({type(error).__name__}); draw it again")
+        raise UserError(f"{path} is not a readable picture ({type(error).__name__}); draw it again") from None
 
 
 @one_line_errors()
@@ -32,21 +30,19 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--indir", type=file_path, default="generated_outputs", help="has digit_0_grid.png to digit_9_grid.png")
-    add("--output", type=file_path, default="combined_2x5_grid.png")
+    add("--output", type=file_path, default="combined_2x5_grid.png", help="the sheet")
     args = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = None  # the grids are the user's own, however large
 
     paths = [args.indir / f"digit_{digit}_grid.png" for digit in range(10)]
     missing = ", ".join(str(path) for path in paths if not os.path.exists(path))
     if missing:
-        sys.exit(f"error: missing {missing}; draw them with: python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9")
+        raise UserError(f"missing {missing}; draw them with: python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9")
     grids = [read_grid(path) for path in paths]
-    most = statistics.mode(grid.shape for grid in grids)
-    odd = ", ".join(
-        f"{path} is {grid.shape[1]}x{grid.shape[0]}" for path, grid in zip(paths, grids) if grid.shape != most
-    )
+    sizes = [f"{path} is {grid.shape[1]}x{grid.shape[0]}" for path, grid in zip(paths, grids)]
+    odd = ", ".join(size for size, grid in zip(sizes, grids) if grid.shape != grids[0].shape)
     if odd:
-        sys.exit(f"error: {odd}, the others {most[1]}x{most[0]}; draw all with the same --count and --scale")
+        raise UserError(f"{odd}, but {sizes[0]}; draw all with the same --count and --scale")
 
     sheet = np.vstack([np.hstack(grids[:5]), np.hstack(grids[5:])])
     save_png(args.output, sheet)

@@ -8,9 +8,9 @@ torchrun --nproc-per-node=4 train_ddpm.py          # four GPUs share each batch
 import argparse
 import contextlib
 import copy
+import importlib
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ddpm_model import (
     N_FEAT_RANGE,
     N_T_RANGE,
     ContextUnet,
-    FileError,
+    UserError,
     file_path,
     image_grid,
     number,
@@ -40,7 +40,6 @@ from ddpm_model import (
 
 WARMUP_STEPS = 500
 EMA_DECAY = 0.999
-SAVED_OPTIONS = ("epochs", "batch_size", "lr", "drop_prob", "n_feat", "n_T", "save_every", "seed")
 
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
@@ -51,18 +50,18 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a conditional DDPM on MNIST.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--epochs", type=number(int, 1, 10**6), default=30)
+    add("--epochs", type=number(int, 1, 10**6), default=30, help="passes over the training images")
     add("--batch-size", type=number(int, 1, 10**6), default=64, help="images a step, over all processes")
     add("--lr", type=number(float, 1e-8, 1), default=4e-3, help="peak learning rate")
     add("--drop-prob", type=number(float, 0, 1), default=0.1, help="how often the class is hidden")
-    add("--n-feat", type=number(int, *N_FEAT_RANGE), default=24, help="channels at 14x14; at 7x7, three times as many")
+    add("--n-feat", type=number(int, *N_FEAT_RANGE), default=32, help="channels at 14x14; at 7x7, three times as many")
     add("--n-T", type=number(int, *N_T_RANGE), default=400, help="number of timesteps")
     add("--data-dir", type=file_path, default="data", help="has MNIST/raw, or gets it")
     add("--weights", type=file_path, default="weights/ddpm_mnist.pth", help="written at each save")
     add("--save-every", type=number(int, 1, 10**6), default=5, help="epochs between saves")
-    add("--seed", type=number(int, 0, 10**9), default=0)
-    add("--device", type=pick_device, default="auto")
-    add("--resume", action="store_true", help="go on from the last save, with the options of that run")
+    add("--seed", type=number(int, 0, 10**9), default=0, help="of all random numbers")
+    add("--device", type=pick_device, default="auto", help="cpu, cuda, ...; auto is the GPU if there is one")
+    add("--resume", action="store_true", help="go on from the last save of --weights, with the options of that run")
     return parser
 
 
@@ -72,48 +71,47 @@ def make_parser() -> argparse.ArgumentParser:
 def load_mnist(data_dir: Path) -> tuple[Tensor, Tensor]:
     """The training images, uint8 [N,28,28], and labels, int64 [N]. Downloads them where they are missing.
 
-    Exits with one line if that fails, or if the files are damaged.
+    Raises UserError if that fails, or if the files are damaged.
     """
-    from torchvision.datasets import MNIST  # slow to import: not for --help
+    from torchvision import datasets  # slow to import: not for --help
 
-    MNIST.resources = MNIST.resources[:2]  # not the test set
+    class MNIST(datasets.MNIST):  # the name of the class is the name of its folder
+        resources = datasets.MNIST.resources[:2]  # not the test set
+
     files = f"train-images-idx3-ubyte and train-labels-idx1-ubyte in {data_dir / 'MNIST' / 'raw'}"
     try:
         mnist = MNIST(data_dir, download=True)
     except PermissionError as error:
-        raise FileError(f"cannot read or write {error.filename} ({error.strerror})") from None
+        raise UserError(f"cannot read or write {error.filename} ({error.strerror})") from None
     except Exception as error:  # no network, a refusal, a full disk, a damaged file: each has a type of its own
         reason = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(f"error: cannot read {files} ({reason}); put them there, unpacked, or delete damaged ones")
+        raise UserError(f"cannot read {files} ({reason}); put them there, unpacked, or delete damaged ones") from None
     images, labels = mnist.data, mnist.targets
     if len(images) == 0 or images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
-        sys.exit(f"error: {files} do not hold 28x28 images with a digit each; delete them and run again")
+        raise UserError(f"{files} do not hold 28x28 images with a digit each; delete them and run again")
     return images, labels
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def join_processes(device: torch.device) -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device) of this process: alone, unless torchrun started several."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1, device
-    import torch.distributed.nn  # before the group exists: imported later by torch, it would keep the group alive
-
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+def torchrun_rank() -> tuple[int, int]:
+    """(rank, number of processes): (0, 1), unless torchrun started this process. Takes its GPU, before any is used."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Where the hardware computes in bfloat16, multiplications use it (Kalamkar et al. 2019, arXiv:1905.12322)."""
+    native = False
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.4 does not have it
-        native = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.4 does not have it
+        cpu = torch.cpu.get_capabilities()
+        native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return torch.autocast(device.type, torch.bfloat16) if native else contextlib.nullcontext()
 
 
@@ -134,20 +132,20 @@ def report(epoch: int, epochs: int, done: float, loss: float, start: float) -> s
 
 @one_line_errors()
 def main() -> None:
+    rank, world = torchrun_rank()
     parser = make_parser()
     args = parser.parse_args()
     state_file = Path(f"{args.weights}.train")
+    state = {"epoch": 0}
     if args.resume:
-        try:
-            state = read_state(state_file)
-            # As strings, so that argparse checks them.
-            options = {name: str(value) for name, value in state["options"].items()}
-        except (AttributeError, LookupError, TypeError):
-            sys.exit(f"error: {state_file} is not a training state; start anew without --resume")
-        parser.set_defaults(**options)
+        state = read_training_state(state_file)
+        parser.set_defaults(**state["options"], device=args.device)
         args = parser.parse_args()
-
-    rank, world, device = join_processes(args.device)
+    device = args.device
+    if world > 1:
+        # torch imports this module later. If the group exists then, the module keeps its threads alive at the end.
+        importlib.import_module("torch.distributed.nn")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank > 0:
         dist.barrier()  # until rank 0 has downloaded
     images, labels = load_mnist(args.data_dir)
@@ -157,7 +155,7 @@ def main() -> None:
     labels = labels.to(device)
     n_batches = math.ceil(len(images) / args.batch_size)
     if len(images) // n_batches < world:  # the smallest batch has an image for each process
-        sys.exit(f"error: --batch-size {args.batch_size} is too small for {world} processes")
+        raise UserError(f"--batch-size {args.batch_size} is too small for {world} processes")
     n_steps = n_batches * args.epochs
 
     torch.manual_seed(args.seed)
@@ -166,19 +164,14 @@ def main() -> None:
     ema = copy.deepcopy(ddpm).requires_grad_(False)  # the average of the weights over the last steps
     optimizer = torch.optim.AdamW(ddpm.parameters())
     parts = {"ddpm": ddpm, "ema": ema, "optimizer": optimizer}
-    saved_epoch = restore(parts, state, state_file) if args.resume else 0
+    if args.resume:
+        restore(parts, state, state_file)
+    if rank == 0:
+        prepare_files(args, state_file, state["epoch"], ema)
+        say(f"{len(images):,} images, {args.epochs} epochs of {n_batches} steps, on {world} x {device.type}")
     model = nn.parallel.DistributedDataParallel(ddpm) if world > 1 else ddpm  # averages the gradients
 
-    if rank == 0:
-        check_writable(state_file, ddpm)
-        check_writable(args.weights, ddpm)
-        if args.weights.exists() and not args.resume:
-            say(f"{args.weights} exists and is replaced at the first save (--weights: elsewhere)")
-        say(f"{len(images):,} images, {args.epochs} epochs of {n_batches} steps, on {world} x {device.type}")
-        if args.resume:
-            say(f"{saved_epoch} epochs are done; a larger --epochs trains more")
-
-    for epoch in range(saved_epoch + 1, args.epochs + 1):
+    for epoch in range(state["epoch"] + 1, args.epochs + 1):
         # Random numbers start anew at each epoch, so a resumed run repeats the run that was not stopped.
         seed = 100_000 * args.seed + epoch
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(device)
@@ -213,7 +206,7 @@ def main() -> None:
         loss = total.item() / world / n_batches
         show_progress("")
         if not math.isfinite(loss):
-            sys.exit(f"error: the loss is {loss} in epoch {epoch}; a lower --lr may help")
+            raise UserError(f"the loss is {loss} in epoch {epoch}; a lower --lr may help")
         if rank == 0:
             say(report(epoch, args.epochs, 1, loss, start))
             if epoch % args.save_every == 0 or epoch == args.epochs:
@@ -226,19 +219,54 @@ def main() -> None:
 # ---- Saving and resuming ---------------------------------------------------------------------------------------------
 
 
-def restore(parts: dict, state: dict, path: Path) -> int:
-    """Loads the training state that path held into parts. Returns the epochs it has done, or exits with one line."""
+def read_training_state(path: Path) -> dict:
+    """What save wrote. Raises UserError if it is something else, or from a version without all options."""
+    match read_state(path):
+        case {"options": {"data_dir": str()}, "epoch": int()} as state:
+            return state
+    raise UserError(f"{path} is not a training state of this version; start anew without --resume")
+
+
+def restore(parts: dict, state: dict, path: Path) -> None:
+    """Loads the training state that path held into parts. Raises UserError if it is of another network."""
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return int(state["epoch"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        sys.exit(f"error: {path} does not fit these options; start anew without --resume")
+        raise UserError(f"{path} does not fit this network; start anew without --resume") from None
+
+
+def prepare_files(args: argparse.Namespace, state_file: Path, epoch: int, ema: DDPM) -> None:
+    """Raises UserError unless the training state and the weights can be written. Says what becomes of the weights."""
+    n_bytes = sum(parameter.nbytes for parameter in ema.parameters())
+    room = 10 * n_bytes + 10**6  # a state has four copies of the weights, and the old one is there with the new one
+    check_writable(state_file, room)
+    if args.resume:
+        # The weights may be missing, or not those of the state.
+        save_weights(args.weights, ema)
+        say(f"{epoch} epochs are done" + "; a larger --epochs trains more" * (epoch >= args.epochs))
+        return
+    check_writable(args.weights, room)
+    if args.weights.exists():
+        say(f"{args.weights} exists and is replaced at the first save (--weights: elsewhere)")
+
+
+def check_writable(path: Path, room: int) -> None:
+    """Raises UserError unless path can be replaced, or made with room bytes. What is there stays as it is."""
+    try:
+        if os.path.isfile(path):
+            write_atomically(path, path.read_bytes())
+        else:
+            write_atomically(path, bytes(room))
+            os.unlink(os.path.realpath(path))
+    except OSError as error:
+        raise UserError(f"cannot replace {path} ({error.strerror})") from None
 
 
 def save(args: argparse.Namespace, state_file: Path, epoch: int, parts: dict) -> None:
-    """Writes the training state, the weights and a preview. Raises FileError if one of the first two fails."""
-    options = {name: getattr(args, name) for name in SAVED_OPTIONS}
+    """Writes the training state, the weights and a preview. Raises UserError if one of the first two fails."""
+    options = {name: value for name, value in vars(args).items() if name not in ("weights", "device", "resume")}
+    options["data_dir"] = os.path.abspath(args.data_dir)
     states = {name: part.state_dict() for name, part in parts.items()}
     write_state(state_file, {"options": options, "epoch": epoch, **states})
     save_weights(args.weights, parts["ema"])
@@ -248,25 +276,12 @@ def save(args: argparse.Namespace, state_file: Path, epoch: int, parts: dict) ->
 
 def save_preview(path: Path, ddpm: DDPM) -> None:
     """Draws six digits of each class. Warns if the picture cannot be written."""
-    c = torch.arange(10, device=ddpm.alphabar.device).repeat(6)
+    c = torch.arange(10).repeat(6)
     digits = ddpm.sample(c, steps=min(50, ddpm.n_T), generator=torch.Generator().manual_seed(0))
     try:
         save_png(path, image_grid(digits, columns=10, scale=3))
-    except FileError as error:
+    except UserError as error:
         say(f"warning: {error}")
-
-
-def check_writable(path: Path, ddpm: DDPM) -> None:
-    """Raises FileError unless path can be written. What is there stays as it is."""
-    try:
-        if os.path.isfile(path):
-            write_atomically(path, path.read_bytes())
-        else:
-            n_bytes = sum(parameter.nbytes for parameter in ddpm.parameters())
-            write_atomically(path, bytes(5 * n_bytes))  # the training state has four copies, the weights file one
-            os.unlink(os.path.realpath(path))
-    except OSError as error:
-        raise FileError(f"cannot replace {path} ({error.strerror})") from None
 
 
 if __name__ == "__main__":

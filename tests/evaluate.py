@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, file_path, load_ddpm, number, one_line_errors, pick_device
+from ddpm_model import DDPM, GUIDE_W, UserError, file_path, load_ddpm, number, one_line_errors, pick_device
 from tests.digit_classifier import DigitClassifier, judge, load_classifier
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mnist_features.pth"
@@ -145,7 +145,7 @@ def main() -> None:
     real = real_features(args.data_dir) if args.data_dir else torch.load(FIXTURE, weights_only=True)
     ddpm = load_ddpm(args.weights, args.device)
     if max(args.steps) > ddpm.n_T:
-        raise SystemExit(f"error: --steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}")
+        raise UserError(f"--steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}")
 
     print(f"{args.per_class} images per class       accuracy     FID  precision  recall  corners  s/image  told apart")
     some = first_of_each_class(real["train_labels"], args.per_class)

@@ -2,9 +2,10 @@
 
 import io
 import os
+import re
 import shutil
 import sys
-from multiprocessing.pool import ThreadPool
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import inference_ddpm
-from ddpm_model import DDPM, ContextUnet, load_ddpm, save_weights
+from ddpm_model import DDPM, ContextUnet, UserError, load_ddpm, save_weights
 from tests.conftest import PROJECT, SMALL_RUN, TOO_LONG, assert_one_line_error, file_limit, link, pipe, run
 from tests.digit_classifier import judge, load_classifier
 
@@ -54,6 +55,15 @@ def test_grid_geometry(quick, count, rows, columns, draw):
     last_row = grid[30 * (rows - 1) + 2 :]
     used = 30 * (count - columns * (rows - 1))
     assert last_row[:, :used].any() and not last_row[:, used + 2 :].any()
+
+
+def test_seed_is_said(quick, draw):
+    """And repeats the picture, also where it was not given."""
+    path = quick / "generated_outputs" / "digit_5_grid.png"
+    seed = re.fullmatch(r"saved .*digit_5_grid.png \(seed (\d+)\)\n", draw(quick, "--steps", "3").stdout)[1]
+    drawn = path.read_bytes()
+    assert f"(seed {seed})" in draw(quick, "--steps", "3", "--seed", seed).stdout
+    assert path.read_bytes() == drawn
 
 
 def test_scale_and_seed(quick, draw):
@@ -118,7 +128,7 @@ def test_video(quick, steps, scale, outdir, draw):
     assert codec.upper() in ("VP90", "VP09")  # browsers play it
     assert fps == inference_ddpm.FPS and len(frames) == inference_ddpm.N_FRAMES + 2 * fps
     frames = np.stack(frames).astype(int)
-    assert frames.shape[1:] == (62 * scale, 152 * scale, 3)
+    assert frames.shape[1:] == (74 * scale, 152 * scale, 3)
     assert np.abs(frames[-int(fps) :] - frames[-1]).mean() < 2  # at least the last second shows the finished digits
     noise = frames[0][2 * scale : 30 * scale, 2 * scale : 30 * scale]
     assert noise.std() > 60 and 100 < noise.mean() < 155  # pure noise, cut off at black and white
@@ -132,22 +142,43 @@ def test_video(quick, steps, scale, outdir, draw):
         assert np.abs(np.array(gif.convert("L")) - frames[-1][..., 0]).mean() < 12  # in 16 grey levels
 
 
-def test_no_codec(monkeypatch):
+def test_no_codec(tmp_path, monkeypatch):
     real = cv2.VideoWriter
-    monkeypatch.setattr(cv2, "VideoWriter", lambda *args: real())
+    monkeypatch.setattr(cv2, "VideoWriter", lambda *args, **kwargs: real())
     monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *code: 0)
-    with pytest.raises(SystemExit, match=r"no codec .*pip install") as caught:
-        inference_ddpm.encode_mp4([torch.zeros(10, 1, 28, 28)], 1)
+    with pytest.raises(UserError, match=r"no codec .*pip install") as caught:
+        inference_ddpm.encode_mp4([(torch.zeros(10, 1, 28, 28), 400)], 1, str(tmp_path))
     assert "outdir" not in str(caught.value)
 
 
-def test_videos_at_the_same_time(tmp_path):
-    lengths = [5, 30, 10, 20]
-    with ThreadPool(4) as pool:
-        videos = pool.map(lambda n: inference_ddpm.encode_mp4(list(torch.rand(n, 10, 1, 28, 28)), 1), lengths)
-    for n, video in zip(lengths, videos):
-        (tmp_path / "video.mp4").write_bytes(video)
-        assert len(read_video(tmp_path / "video.mp4")[0]) == n + 2 * inference_ddpm.FPS
+def test_frames_show_their_timestep(quick, monkeypatch, draw):
+    """From n_T down to 0, few of them near n_T, and each with the images that belong to it."""
+    shown = []
+    monkeypatch.setattr(inference_ddpm, "encode_mp4", lambda frames, *args: shown.extend(frames) or b"")
+    assert draw(quick, "--video", "--seed", "1", "--scale", "1").returncode == 0
+    assert len(shown) == inference_ddpm.N_FRAMES
+    timesteps = [t for _, t in shown]
+    assert timesteps[0] == 40 and timesteps[-1] == 0 and sorted(timesteps, reverse=True) == timesteps
+    assert timesteps.index(20) < len(timesteps) / 2
+    ddpm = load_ddpm(quick / "weights" / "ddpm_mnist.pth")
+    torch.manual_seed(1)
+    states = list(ddpm.denoise(range(10)))
+    assert all(torch.equal(x, states[40 - t]) for x, t in shown)
+
+
+@pytest.mark.parametrize("problem", ["not UTF-8", "none"])
+def test_temporary_folder_that_is_not_usable(quick, tmp_path_factory, monkeypatch, draw, problem):
+    """Nothing is drawn for it."""
+    folder = tmp_path_factory.mktemp("tmp") / "m\udcfcll"
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("no such names on this file system")
+    monkeypatch.setattr(DDPM, "denoise", None)
+    with monkeypatch.context() as patch:  # pytest needs a temporary folder too
+        patch.setattr(tempfile, "tempdir", str(folder) if problem == "not UTF-8" else str(folder / "none"))
+        result = draw(quick, "--video")
+    assert_one_line_error(result, "temporary folder", "TMPDIR")
 
 
 def test_full_disk(quick, draw):

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import train_ddpm
-from ddpm_model import DDPM, load_ddpm, read_state
+from ddpm_model import DDPM, UserError, load_ddpm, read_state, write_atomically
 from tests.conftest import (
     PROJECT,
     SMALL_RUN,
@@ -40,7 +40,6 @@ from tests.conftest import (
 WEIGHTS = Path("weights/ddpm_mnist.pth")
 STATE = Path("weights/ddpm_mnist.pth.train")
 RESUME = ("train_ddpm.py", "--data-dir", "small", "--device", "cpu", "--resume")
-FP32 = "import contextlib, train_ddpm; train_ddpm.autocast = lambda device: contextlib.nullcontext(); train_ddpm.main()"
 
 
 @pytest.fixture
@@ -57,6 +56,22 @@ def losses(output: str) -> list[float]:
 
 def files(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
+
+
+def stopping(step: int, sent: signal.Signals) -> str:
+    """Code that trains in fp32 and sends a signal to itself in a step, counted from 0 where this process began."""
+    return f"""
+import contextlib, itertools, os, train_ddpm
+from ddpm_model import DDPM
+forward, count = DDPM.forward, itertools.count()
+def stops(self, x, c):
+    if next(count) == {step}:
+        os.kill(os.getpid(), {int(sent)})
+    return forward(self, x, c)
+DDPM.forward = stops
+train_ddpm.autocast = lambda device: contextlib.nullcontext()
+train_ddpm.main()
+"""
 
 
 def wait_for_save(process) -> None:
@@ -152,31 +167,29 @@ def test_bf16_on_cpus(monkeypatch, capabilities):
 @posix
 def test_resume_is_exact(workdir, tmp_path_factory, call, monkeypatch):
     """A run that was stopped and killed ends with the weights of one that was not."""
-    options = (*SMALL_RUN, "--epochs", "30")
-    process = start(workdir, "-c", FP32, *options)
-    for stop in (signal.SIGINT, signal.SIGKILL):
-        wait_for_save(process)
-        time.sleep(random.Random(0).random() * 0.2)
-        process.send_signal(stop)
-        _, err = process.communicate(timeout=10)
-        assert 5 <= read_state(workdir / STATE)["epoch"] < 30
-        if stop == signal.SIGINT:
-            assert process.returncode == 130 and err == "stopped\n", err
-            process = start(workdir, "-c", FP32, *RESUME[1:])
+    options = (*SMALL_RUN, "--epochs", "12", "--save-every", "3")  # 4 steps an epoch
+    result = run(workdir, "-c", stopping(18, signal.SIGINT), *options)
+    assert result.returncode == 130 and result.stderr == "stopped\n", result.stderr
+    assert_saved(workdir, 3)
+    result = run(workdir, "-c", stopping(14, signal.SIGKILL), *RESUME[1:])
+    assert result.returncode == -signal.SIGKILL
+    assert_saved(workdir, 6)
     monkeypatch.setattr(train_ddpm, "autocast", lambda device: contextlib.nullcontext())
     result = call(workdir, *RESUME)
     assert result.returncode == 0 and "epochs are done" in result.stdout, result.stderr
     whole = fill(tmp_path_factory.mktemp("whole"))
     assert call(whole, "train_ddpm.py", *options).returncode == 0
-    for name in (WEIGHTS, STATE):
-        assert_same(read_state(workdir / name), read_state(whole / name))
+    stopped, straight = (read_state(folder / STATE) for folder in (workdir, whole))
+    assert stopped["options"].pop("data_dir") != straight["options"].pop("data_dir")
+    assert_same(stopped, straight)
+    assert_same(read_state(workdir / WEIGHTS), read_state(whole / WEIGHTS))
 
 
 @posix
 def test_killed_at_random_moments(workdir):
     rng, done, resume = random.Random(1), 0, ()
     for _ in range(3):
-        process = start(workdir, "train_ddpm.py", *SMALL_RUN, "--epochs", "1000", "--save-every", "1", *resume)
+        process = start(workdir, "train_ddpm.py", *SMALL_RUN, "--epochs", "1000000", "--save-every", "1", *resume)
         wait_for_save(process)
         time.sleep(rng.random())
         process.kill()
@@ -274,6 +287,21 @@ def test_full_disk(workdir, train):
     assert [path.name for path in (workdir / "weights").iterdir()] == [STATE.name]
 
 
+@pytest.mark.parametrize("n_feat", [1, 8])
+def test_room_that_is_tried(workdir, monkeypatch, train, n_feat):
+    """It is enough for all that is there at the same time: the weights, a state, and the state that replaces it."""
+    rooms = []
+
+    def remember(path, data):
+        rooms.append(len(data))
+        write_atomically(path, data)
+
+    monkeypatch.setattr(train_ddpm, "write_atomically", remember)
+    assert train(workdir, "--epochs", "1", "--n-feat", n_feat).returncode == 0
+    needed = 2 * (workdir / STATE).stat().st_size + (workdir / WEIGHTS).stat().st_size
+    assert len(rooms) == 2 and min(rooms) >= needed
+
+
 def test_preview(workdir, call):
     """It lies beside the weights. One that cannot be written is a warning. The working directory stays clean."""
     before = {path.name for path in workdir.iterdir()}
@@ -294,34 +322,54 @@ def test_states_are_not_shared(workdir, train):
         assert read_state(workdir / "w" / f"{name}.train")["options"]["seed"] == seed
 
 
-def test_nothing_left(workdir, train, call):
+@pytest.mark.parametrize("found", [None, b"of another run", "as saved"])
+def test_nothing_left(workdir, train, call, found):
+    """The weights are those of the state, whatever became of them meanwhile."""
     assert train(workdir, "--epochs", "2").returncode == 0
     weights = (workdir / WEIGHTS).read_bytes()
     for epochs in ((), ("--epochs", "1")):
+        if found != "as saved":
+            (workdir / WEIGHTS).unlink()
+        if isinstance(found, bytes):
+            (workdir / WEIGHTS).write_bytes(found)
         result = call(workdir, *RESUME, *epochs)
         assert result.returncode == 0 and "2 epochs are done; a larger --epochs" in result.stdout
         assert (workdir / WEIGHTS).read_bytes() == weights
-    assert len(losses(call(workdir, *RESUME, "--epochs", "3").stdout)) == 1
+    result = call(workdir, *RESUME, "--epochs", "3")
+    assert len(losses(result.stdout)) == 1 and "a larger --epochs" not in result.stdout
+
+
+def test_resumed_run_has_the_data_of_the_run(workdir, tmp_path_factory, train, call):
+    """From another folder too, and any other option that decides what is learned."""
+    options = ("--lr", "0.003", "--drop-prob", "0.2", "--seed", "7", "--save-every", "1")
+    assert train(workdir, "--epochs", "1", *options).returncode == 0
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    command = ("train_ddpm.py", "--resume", "--epochs", "2", "--weights", workdir / WEIGHTS, "--device", "cpu")
+    assert call(elsewhere, *command).returncode == 0
+    whole = fill(tmp_path_factory.mktemp("whole"))
+    assert train(whole, "--epochs", "1", *options).returncode == 0
+    assert call(whole, "train_ddpm.py", *SMALL_RUN, *options, "--epochs", "2", "--resume").returncode == 0
+    assert_same(read_state(workdir / WEIGHTS), read_state(whole / WEIGHTS))
+    assert not list(elsewhere.iterdir())
 
 
 def test_foreign_states(workdir, train, call):
     assert_one_line_error(call(workdir, *RESUME), STATE, "does not exist")
     assert train(workdir, "--epochs", "1").returncode == 0
     good = read_state(workdir / STATE)
+    without_data_dir = {name: value for name, value in good["options"].items() if name != "data_dir"}
     foreign = [
         [],
         {"config": {}, "model": {}},
         {"options": good["options"]},
         good | {"options": 1},
+        good | {"options": without_data_dir},  # of an earlier version
         good | {"ddpm": {}},
         good | {"optimizer": 1},
     ]
     for state in (*foreign, good | {"epoch": "x"}, good | {"options": good["options"] | {"n_feat": 9}}):
         torch.save(state, workdir / STATE)
         assert_one_line_error(call(workdir, *RESUME), STATE, "start anew")
-    torch.save(good | {"options": good["options"] | {"epochs": [3]}}, workdir / STATE)
-    result = call(workdir, *RESUME)
-    assert result.returncode == 2 and "--epochs" in result.stderr
 
 
 # ---- Data
@@ -381,6 +429,15 @@ def test_only_gz_files(workdir, monkeypatch, train, network):
     assert result.returncode == 0 and len(losses(result.stdout)) == 1, result.stderr
 
 
+def test_torchvision_stays_as_it_is(workdir):
+    """It has the test set too, after the training set was loaded."""
+    from torchvision.datasets import MNIST
+
+    train_ddpm.load_mnist(workdir / "small")
+    assert len(MNIST.resources) == 4
+    assert len(MNIST(workdir / "small", train=False, download=True)) == 64
+
+
 TRAINING_FILES = pytest.mark.parametrize(
     ("name", "reader"),
     [("train-images-idx3-ubyte", "read_image_file"), ("train-labels-idx1-ubyte", "read_label_file")],
@@ -414,8 +471,8 @@ def test_damaged_data(workdir, train, name, reader):
         path.write_bytes(damaged)
         try:
             images, labels = train_ddpm.load_mnist(workdir / "small")
-        except SystemExit as error:
-            assert str(error).startswith("error: ") and "\n" not in str(error) and name in str(error)
+        except UserError as error:
+            assert "\n" not in str(error) and name in str(error)
             n_refused += 1
         else:
             assert images.shape == (64, 28, 28) and images.dtype == torch.uint8
@@ -453,12 +510,15 @@ def test_batch_larger_than_the_data(workdir, train):
 
 def test_batch_smaller_than_the_processes(workdir, monkeypatch, train):
     """Batches of 64 images have 2 or 3 where 3 are asked for."""
-    monkeypatch.setattr(train_ddpm, "join_processes", lambda device: (0, 3, device))
+    monkeypatch.setattr(train_ddpm, "torchrun_rank", lambda: (0, 3))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: None)
     monkeypatch.setattr(dist, "barrier", lambda: None)
     assert_one_line_error(train(workdir, "--batch-size", "3"), "--batch-size 3", "3 processes")
 
 
 # ---- Several processes
+
+ONE = "LOCAL_RANK=0 RANK=0 WORLD_SIZE=1"
 
 
 def torchrun(cwd: Path, *command: str):
@@ -500,8 +560,25 @@ def test_a_rank_that_dies(workdir, how, message):
     load_ddpm(workdir / WEIGHTS)
 
 
-def test_alone(workdir, monkeypatch, train):
-    """Without torchrun nothing distributed is used."""
+@pytest.mark.parametrize("left_over", ["LOCAL_RANK=0", "RANK=1 WORLD_SIZE=2", "TORCHELASTIC_RUN_ID=1 " + ONE])
+def test_alone(workdir, monkeypatch, train, left_over):
+    """Without torchrun, or with one process of it, nothing distributed is used."""
+    for pair in left_over.split():
+        monkeypatch.setenv(*pair.split("="))
     monkeypatch.setattr(dist, "init_process_group", None)
     assert train(workdir, "--epochs", "1").returncode == 0
     assert not (dist.is_available() and dist.is_initialized())
+
+
+def test_each_process_takes_its_gpu(monkeypatch):
+    """Before any GPU is used, so that none has work of all processes."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "3", "RANK": "7", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train_ddpm, "make_parser", lambda: pytest.exit if taken else pytest.fail("too late"))
+    with pytest.raises(AttributeError):  # the parser that is none
+        train_ddpm.main()
+    assert taken == [3] and train_ddpm.torchrun_rank() == (7, 8)
