@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-GUIDE_W = 0.35  # the default guidance weight w; README shows what other values do
+GUIDE_W = 0.25  # the default guidance weight w; README shows what other values do
 GUIDANCE_INTERVAL = (0.4, 0.9)  # guidance acts while 0.4 < t / n_T <= 0.9
 N_CLASSES = 10
 TIME_DIM = 64

@@ -1,6 +1,6 @@
 """Draws the pictures that README explains the model with, from the shipped weights, into generated_outputs.
 
-python -m tests.figures                       # noise_levels.png, estimates.png, guidance.png, steps.png
+python -m tests.figures --seed 3              # noise_levels.png, estimates.png, guidance.png, steps.png
 python train_ddpm.py --save-every 1           # the previews of a training run, for:
 python -m tests.figures --learning            # learning.png
 """
@@ -13,21 +13,38 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, file_path, image_grid, load_ddpm, number, one_line_errors, save_png, to_image
+from ddpm_model import (
+    DDPM,
+    GUIDE_W,
+    ContextUnet,
+    UserError,
+    file_path,
+    image_grid,
+    load_ddpm,
+    number,
+    one_line_errors,
+    save_png,
+    to_image,
+)
 
-SCALE = 2  # pixels of a picture for one of a digit, in each direction
-LABEL_WIDTH = 120
+SCALE = 4  # pixels of a picture for one of a digit, in each direction
+FONT_SIZE = 48  # README shows the pictures at a third of their width, or less
+LABEL_WIDTH = 300
+ALL = torch.arange(10)
 
 
-def labelled(rows: dict[str, np.ndarray]) -> np.ndarray:
-    """Grids, uint8 [height, width], one under another, each with its label on the left."""
-    lines = []
-    font = ImageFont.load_default(size=20)
-    for text, grid in rows.items():
-        label = Image.new("L", (LABEL_WIDTH, len(grid)))
-        ImageDraw.Draw(label).text((LABEL_WIDTH - 10, len(grid) // 2), text, fill=255, font=font, anchor="rm")
-        lines.append(np.hstack([np.array(label), grid]))
-    return np.vstack(lines)
+def labelled(title: str, rows: dict[str, np.ndarray]) -> np.ndarray:
+    """A title, and grids, uint8 [height, width], one under another, each with its label on the left."""
+    font = ImageFont.load_default(size=FONT_SIZE)
+    body = np.vstack(list(rows.values()))
+    picture = Image.new("L", (LABEL_WIDTH + body.shape[1], 2 * FONT_SIZE + len(body)))
+    picture.paste(Image.fromarray(body), (LABEL_WIDTH, 2 * FONT_SIZE))
+    draw = ImageDraw.Draw(picture)
+    draw.text((LABEL_WIDTH + body.shape[1] // 2, FONT_SIZE), title, fill=255, font=font, anchor="mm")
+    for i, label in enumerate(rows):
+        middle = 2 * FONT_SIZE + int((i + 0.5) * len(body) / len(rows))
+        draw.text((LABEL_WIDTH - 20, middle), label, fill=255, font=font, anchor="rm")
+    return np.array(picture)
 
 
 def row(images: Tensor) -> np.ndarray:
@@ -35,9 +52,9 @@ def row(images: Tensor) -> np.ndarray:
     return image_grid(images, columns=len(images), scale=SCALE)
 
 
-def draw(ddpm: DDPM, seed: int, **options) -> Tensor:
-    """Digits 0 to 9, [10,1,28,28] in [0, 1], from the noise that seed stands for."""
-    return ddpm.sample(torch.arange(10), generator=torch.Generator().manual_seed(seed), **options)
+def draw(ddpm: DDPM, seed: int, c: Tensor = ALL, **options) -> Tensor:
+    """Digits of classes c [N], [N,1,28,28] in [0, 1], from the noise that seed stands for."""
+    return ddpm.sample(c, generator=torch.Generator().manual_seed(seed), **options)
 
 
 def noise_levels(ddpm: DDPM, seed: int) -> np.ndarray:
@@ -49,11 +66,11 @@ def noise_levels(ddpm: DDPM, seed: int) -> np.ndarray:
         alphabar = ddpm.alphabar[t]
         x_t = alphabar.sqrt() * x_0 + (1 - alphabar).sqrt() * eps
         rows[f"t = {t}"] = row(to_image(x_t))
-    return labelled(rows)
+    return labelled("digits with the noise of timestep t", rows)
 
 
 def estimates(ddpm: DDPM, seed: int) -> np.ndarray:
-    """The estimate of x_0 at timesteps n_T, ..., while digits are drawn."""
+    """The estimate of x_0 at some timesteps, while digits are drawn."""
     guided_v, x_0 = ddpm.guided_v, {}
 
     def remember(x: Tensor, c: Tensor, t: int, guide_w: float) -> Tensor:
@@ -65,45 +82,54 @@ def estimates(ddpm: DDPM, seed: int) -> np.ndarray:
     ddpm.guided_v = remember
     draw(ddpm, seed)
     del ddpm.guided_v
-    shown = [*range(ddpm.n_T, 0, -ddpm.n_T // 8), 1]
-    return labelled({f"t = {t}": row(x_0[t]) for t in shown})
+    shown = [round(share * ddpm.n_T) for share in (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.5)] + [1]
+    return labelled("the clean digits, as estimated at timestep t", {f"t = {t}": row(x_0[t]) for t in shown})
 
 
 def guidance(ddpm: DDPM, seed: int) -> np.ndarray:
-    """The same noise at several guidance weights."""
-    return labelled({f"w = {w:g}": row(draw(ddpm, seed, guide_w=w)) for w in (0, GUIDE_W, 3, 10)})
+    """The same noise at several guidance weights: five digits of each of two classes."""
+    c = torch.tensor([4, 8]).repeat_interleave(5)
+    rows = {f"w = {w:g}": row(draw(ddpm, seed, c, guide_w=w)) for w in (0, GUIDE_W, 3, 10)}
+    return labelled("fours and eights with guidance weight w", rows)
 
 
 def steps(ddpm: DDPM, seed: int) -> np.ndarray:
-    """The same noise in several numbers of steps, without fresh noise on the way (eta = 0)."""
-    numbers = {f"{n} steps": n for n in (ddpm.n_T, 50, 20, 5)} | {"1 step": 1}
-    return labelled({text: row(draw(ddpm, seed, steps=n, eta=0)) for text, n in numbers.items()})
+    """The same noise in several numbers of steps, without fresh noise on the way (eta = 0), and once with it."""
+    rows = {f"{n} steps": row(draw(ddpm, seed, steps=n, eta=0)) for n in (ddpm.n_T, 50, 20)}
+    rows["20, eta = 1"] = row(draw(ddpm, seed, steps=20))
+    rows["5 steps"] = row(draw(ddpm, seed, steps=5, eta=0))
+    rows["1 step"] = row(draw(ddpm, seed, steps=1, eta=0))
+    return labelled("the same noise in fewer steps, with eta = 0", rows)
 
 
 def learning(weights: Path) -> np.ndarray:
-    """The first row of the previews of a training run."""
-    rows = {}
-    for epoch in (1, 5, 10, 30):
+    """The first row of the previews of a training run, after that of an untrained network."""
+    torch.manual_seed(0)
+    rows = {"epoch 0": row(draw(DDPM(ContextUnet()), 0, steps=50))}
+    for epoch in (1, 3, 30):
         preview = Image.open(weights.with_name(f"{weights.name}.epoch_{epoch:02d}.png"))
         grid = np.array(preview)[: 32 * 3 : 3, ::3]  # previews have scale 3
         rows[f"epoch {epoch}"] = grid.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
-    return labelled(rows)
+    return labelled("the same noise after so many epochs of training", rows)
 
 
 @one_line_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the pictures of README.")
-    parser.add_argument("--weights", type=file_path, default="weights/ddpm_mnist.pth")
-    parser.add_argument("--outdir", type=file_path, default="generated_outputs")
-    parser.add_argument("--seed", type=number(int, 0, 2**60), default=0)
-    parser.add_argument("--learning", action="store_true", help="from the previews beside the weights")
+    parser = argparse.ArgumentParser(
+        description="Draw the pictures of README.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--weights", type=file_path, default="weights/ddpm_mnist.pth", help="draw with these")
+    add("--outdir", type=file_path, default="generated_outputs", help="where the pictures go")
+    add("--seed", type=number(int, 0, 2**60), default=0, help="of the noise")
+    add("--learning", action="store_true", help="learning.png alone, from the previews beside the weights")
     args = parser.parse_args()
     if args.learning:
         save_png(args.outdir / "learning.png", learning(args.weights))
         return
     ddpm = load_ddpm(args.weights)
     if ddpm.n_T < 50:
-        raise SystemExit(f"error: {args.weights} has {ddpm.n_T} timesteps; the pictures need at least 50")
+        raise UserError(f"{args.weights} has {ddpm.n_T} timesteps; the pictures need at least 50")
     for figure in (noise_levels, estimates, guidance, steps):
         save_png(args.outdir / f"{figure.__name__}.png", figure(ddpm, args.seed))
 

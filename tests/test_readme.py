@@ -12,6 +12,8 @@ from tests.conftest import PROJECT, fill, run, write_small_mnist
 from tests.test_pictures import write_grids
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
+RECORD = (PROJECT / "tests" / "README.md").read_text(encoding="utf-8")
+ENGLISH, CHINESE = README.split("\n# 中文\n")
 SCRIPTS = ("train_ddpm.py", "inference_ddpm.py", "stitch_images.py", "tests.evaluate", "tests.figures")
 
 
@@ -54,8 +56,9 @@ def test_options_exist(tmp_path, call):
     options = {}
     for script in SCRIPTS:
         options[script] = set(re.findall(r"^  (--[\w-]+)", call(tmp_path, script, "--help").stdout, re.MULTILINE))
-    blocks = re.findall(r"```.*?```", README, re.DOTALL)
-    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    text = README + RECORD
+    blocks = re.findall(r"```.*?```", text, re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines = spans + "\n".join(blocks).splitlines()
     named = 0
     for line in lines:
@@ -73,11 +76,39 @@ def test_options_exist(tmp_path, call):
 def test_functions_exist():
     """The tables of equations and of what is beyond the paper name functions, classes, layers and files."""
     code = "".join((PROJECT / script).read_text(encoding="utf-8") for script in ("ddpm_model.py", *SCRIPTS[:3]))
-    tables = README[README.index("## Read the code") : README.index("Tried and dropped")]
-    rows = re.findall(r"^\|.*\| `(\w+)` \|", tables, flags=re.M)
+    rows = re.findall(r"^\|.*?\| `(\w+)` \|", ENGLISH + RECORD, flags=re.M)
     assert len(rows) > 15
     for name in rows:
         assert re.search(rf"(def|class) {name}\b|self\.{name} = ", code), name
+
+
+def test_files_exist():
+    """Pictures and links, from where the text stands."""
+    for text, folder in ((README, PROJECT), (RECORD, PROJECT / "tests")):
+        names = re.findall(r'\]\(([\w./]+)\)|src="([^"]+)"', text)
+        assert len(names) > 1
+        for name in names:
+            assert (folder / "".join(name)).exists(), name
+
+
+def test_length_of_files():
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, flags=re.M)
+    assert len(rows) == 8
+    for name, lines in rows:
+        assert abs(len((PROJECT / name).read_text(encoding="utf-8").splitlines()) - int(lines)) <= 10, name
+
+
+def test_both_languages_say_the_same():
+    """Commands, code and rows of figures."""
+
+    def facts(text: str) -> list[str]:
+        commands = [line.split("#")[0].strip() for line in re.findall(r"^(?:python|pip|git|mv) .*", text, flags=re.M)]
+        code = re.findall(r"^(?:import|from|ddpm|digits) .*?(?=$|  #)", text, flags=re.M)
+        rows = [re.sub(r"^\|[^|]*", "", row) for row in re.findall(r"^\|.*\d %.*", text, flags=re.M)]
+        return commands + code + rows
+
+    assert facts(ENGLISH) == facts(CHINESE)
+    assert len(facts(ENGLISH)) > 15
 
 
 def test_top_level():
