@@ -116,10 +116,13 @@ def call(monkeypatch, capfd):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
         status, message = 0, ""
+        threads = torch.get_num_threads()
         try:
             importlib.import_module(script.removesuffix(".py")).main()
         except SystemExit as exit:  # with a text, Python prints it and exits with 1
             status, message = (1, f"{exit.code}\n") if isinstance(exit.code, str) else (exit.code or 0, "")
+        finally:
+            torch.set_num_threads(threads)  # a script may have chosen fewer
         out, err = capfd.readouterr()
         return subprocess.CompletedProcess(sys.argv, status, out, err + message)
 
