@@ -163,7 +163,7 @@ def test_frames_show_their_timestep(quick, monkeypatch, draw):
     ddpm = load_ddpm(quick / "weights" / "ddpm_mnist.pth")
     torch.manual_seed(1)
     states = list(ddpm.denoise(range(10)))
-    assert all(torch.equal(x, states[40 - t]) for x, t in shown)
+    assert all((x - states[40 - t]).abs().max() < 0.03 for x, t in shown)  # threads round otherwise, at 2 % to black
 
 
 @pytest.mark.parametrize("problem", ["not UTF-8", "none"])
