@@ -121,7 +121,8 @@ def test_video(quick, steps, scale, outdir, draw):
         folder.mkdir()
     except OSError:
         pytest.skip("no such names on this file system")
-    result = draw(quick, "--video", "--seed", "1", "--steps", steps, "--scale", scale, "--outdir", outdir)
+    options = ("--steps", steps, "--scale", scale, "--outdir", outdir, "--count", "500000")  # count is of grids
+    result = draw(quick, "--video", "--seed", "1", *options)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert {path.name for path in folder.iterdir()} == {VIDEO, "denoising_process_0to9.gif"}
     frames, fps, codec = read_video(shutil.copy(folder / VIDEO, quick / "copy.mp4"))
@@ -377,6 +378,14 @@ def test_from_another_folder(quick, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     result = run(elsewhere, quick / "inference_ddpm.py", "--steps", "2")
     assert result.returncode == 0 and (elsewhere / "generated_outputs" / "digit_5_grid.png").exists(), result.stderr
+
+
+@pytest.mark.parametrize("name", ["train_ddpm.py", "inference_ddpm.py", "stitch_images.py"])
+def test_help_has_defaults(tmp_path, call, name):
+    """Each option but --help says its default, and none says None."""
+    text = " ".join(call(tmp_path, name, "--help").stdout.split("options:")[1].split())
+    options = re.findall(r" (--[\w-]+) .*?(?= --|$)", text.replace("-h, --help", ""))
+    assert len(options) > 1 and text.count("(default: ") == len(set(options)) and "None" not in text
 
 
 # ---- What is shipped
