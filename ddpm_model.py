@@ -193,7 +193,7 @@ class DDPM(nn.Module):
         if guide_w == 0 or not low < t / self.n_T <= high:
             return self.nn_model(x_t, c, t_fraction, keep)
         # Both estimates in one pass, as one batch of twice the size.
-        context_mask = torch.cat([keep, 0 * keep])
+        context_mask = torch.cat([keep, torch.zeros_like(keep)])
         both = self.nn_model(x_t.repeat(2, 1, 1, 1), c.repeat(2), t_fraction.repeat(2), context_mask)
         v, v_null = both.chunk(2)
         return (1 + guide_w) * v - guide_w * v_null
