@@ -8,22 +8,20 @@ Read it from top to bottom, beside Ho et al. 2020 (arXiv:2006.11239):
     DDPM.denoise       algorithm 2     sampling
 
 The rest is the weights file and what the scripts share. "+" marks what is not in the DDPM paper, with its source if it
-has one.
+has one. Of the paper's network, attention and dropout are left out.
 """
 
 import argparse
 import contextlib
 import io
 import itertools
-import math
 import os
-import secrets
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from math import sqrt
+from math import ceil, pi, sqrt
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -32,9 +30,12 @@ from torch import Tensor, nn
 GUIDE_W = 0.25  # the default guidance weight w; README shows what other values do
 GUIDANCE_INTERVAL = (0.4, 0.9)  # guidance acts while 0.4 < t / n_T <= 0.9
 N_CLASSES = 10
+IMAGE_SHAPE = (1, 28, 28)  # channels, height, width; the last two are multiples of 4
 TIME_DIM = 64
-N_FEAT_RANGE = (1, 256)
-N_T_RANGE = (1, 10_000)  # with more, alphabar would reach the bound in ddpm_schedule before t = n_T
+
+
+class UserError(ValueError):
+    """What the user can fix. The scripts print it as one line."""
 
 
 def ddpm_schedule(n_T: int) -> Tensor:
@@ -42,11 +43,11 @@ def ddpm_schedule(n_T: int) -> Tensor:
 
     + A squared cosine, f(t) / f(0) (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). In the DDPM paper, beta rises
     linearly, and the last third of the x_t are almost pure noise.
-    alphabar is at least 1e-8: without this, rounding makes `denoise` take the root of a negative number at t = n_T.
-    The bound acts at t = n_T alone as long as n_T is in N_T_RANGE.
+    alphabar is at least 1e-8: without this, rounding can make `denoise` take the root of a negative number at t = n_T.
+    Up to n_T = 10,000, the bound acts at t = n_T alone.
     """
     t = torch.arange(n_T + 1, dtype=torch.float64)
-    f = torch.cos((t / n_T + 0.008) / 1.008 * math.pi / 2) ** 2
+    f = torch.cos((t / n_T + 0.008) / 1.008 * pi / 2) ** 2
     alphabar = f / f[0]
     return alphabar.clamp(min=1e-8).float()
 
@@ -74,7 +75,7 @@ class ResBlock(nn.Module):
         self.norm1 = nn.GroupNorm(1, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(emb_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(1, out_channels, affine=False)
+        self.norm2 = nn.GroupNorm(1, out_channels, affine=False)  # film scales and shifts
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -90,6 +91,7 @@ class ContextUnet(nn.Module):
     """A U-Net that sees a noisy image, its class (the context) and its timestep, and estimates the velocity v.
 
     n_feat: channels at 14x14; there are 3 n_feat at 7x7.
+    + The class is an input. The DDPM paper has none.
     + Pixel unshuffle: each 2x2 patch of pixels becomes 4 channels, so all work is at 14x14 and 7x7. It is the inverse
     of pixel shuffle (Shi et al. 2016, arXiv:1609.05158).
     + Each class has a learned map [3 n_feat, 7, 7], which is added at 7x7: what to draw, and where.
@@ -98,32 +100,33 @@ class ContextUnet(nn.Module):
     def __init__(self, n_feat: int = 32):
         super().__init__()
         self.n_feat = n_feat
+        channels, height, width = IMAGE_SHAPE
         emb_dim = 4 * n_feat
         wide = 3 * n_feat
         self.time_emb = nn.Linear(TIME_DIM, emb_dim)
         self.context_emb = nn.Embedding(N_CLASSES + 1, emb_dim)  # + the last row is the null class: no condition
         self.emb = nn.Linear(emb_dim, emb_dim)
-        self.context_map = nn.Embedding(N_CLASSES + 1, wide * 7 * 7)
+        self.context_map = nn.Embedding(N_CLASSES + 1, wide * (height // 4) * (width // 4))
 
-        self.stem = nn.Conv2d(4, n_feat, 3, padding=1)
+        self.stem = nn.Conv2d(4 * channels, n_feat, 3, padding=1)
         self.enc1 = ResBlock(n_feat, n_feat, emb_dim)
         self.enc2 = ResBlock(n_feat, n_feat, emb_dim)
         self.down = nn.Conv2d(n_feat, wide, 2, stride=2)
         self.mid1 = ResBlock(wide, wide, emb_dim)
         self.mid2 = ResBlock(wide, wide, emb_dim)
-        self.up = nn.Conv2d(wide, 4 * n_feat, 1)
+        self.up = nn.Conv2d(wide, 4 * n_feat, 1)  # 4, for the pixel shuffle behind it
         self.dec1 = ResBlock(2 * n_feat, n_feat, emb_dim)
         self.dec2 = ResBlock(n_feat, n_feat, emb_dim)
         self.out_norm = nn.GroupNorm(1, n_feat)
-        self.out = nn.Conv2d(n_feat, 4, 3, padding=1)
+        self.out = nn.Conv2d(n_feat, 4 * channels, 3, padding=1)
 
     def forward(self, x: Tensor, c: Tensor, t_fraction: Tensor, context_mask: Tensor) -> Tensor:
         """An estimate of v = sqrt(alphabar) eps - sqrt(1 - alphabar) x_0, shaped as x.
 
-        x [B,1,28,28]: noisy image. c [B] int64: class. t_fraction [B] in (0, 1]: t / n_T. context_mask [B]: True (or 1)
-        keeps the class, False (or 0) hides it.
+        x [B,1,28,28]: noisy image. c [B] int64: class. t_fraction [B] in (0, 1]: t / n_T. context_mask [B] bool: True
+        keeps the class, False hides it.
         """
-        c = torch.where(context_mask > 0, c, N_CLASSES)
+        c = torch.where(context_mask, c, N_CLASSES)
         emb = self.time_emb(time_embedding(t_fraction)) + self.context_emb(c)
         emb = F.silu(self.emb(F.silu(emb)))  # [B, 4 n_feat]
 
@@ -131,7 +134,7 @@ class ContextUnet(nn.Module):
         h = self.enc1(h, emb)
         skip = self.enc2(h, emb)
         h = self.down(skip)  # [B, 3 n_feat, 7, 7]
-        h = h + self.context_map(c).unflatten(1, (-1, 7, 7))
+        h = h + self.context_map(c).view_as(h)
         h = self.mid1(h, emb)
         h = self.mid2(h, emb)
         h = F.pixel_shuffle(self.up(h), 2)  # [B, n_feat, 14, 14]
@@ -147,7 +150,7 @@ class ContextUnet(nn.Module):
 class DDPM(nn.Module):
     """The diffusion process around a network: the training loss and the sampler.
 
-    nn_model: a ContextUnet. n_T: number of timesteps, in N_T_RANGE. drop_prob: probability in [0, 1] that training
+    nn_model: a ContextUnet. n_T: number of timesteps, 1 .. 10,000. drop_prob: probability in [0, 1] that training
     hides an image's class. Callers see images in [0, 1]; in the equations, x_0 is in [-1, 1].
     """
 
@@ -161,13 +164,8 @@ class DDPM(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """The training loss, a scalar (algorithm 1), for images x [B,1,28,28] in [0, 1] of classes c [B] int64.
 
-        + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512). To get x_0 from eps takes a division
-        by sqrt(alphabar), which is near 0 at large t; from v it takes none. With eq. 4,
-        v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar), so v - v_hat = (eps - eps_hat) / sqrt(alphabar): this is
-        the paper's loss (eq. 14) with the weight 1 / alphabar, as a mean over the pixels. The weight is large at large
-        t, but the loss is not: in x_0, the weight is 1 / (1 - alphabar), which is near 1 there.
-        + With probability drop_prob the class is hidden, so that the network also learns to draw without one (Ho &
-        Salimans 2022, arXiv:2207.12598, algorithm 1).
+        + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512).
+        + With probability drop_prob the class is hidden (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1).
         """
         B = len(x)
         x_0 = 2 * x - 1  # section 3.3
@@ -178,37 +176,40 @@ class DDPM(nn.Module):
         v = abar.sqrt() * eps - (1 - abar).sqrt() * x_0  # +
         context_mask = torch.rand(B, device=x.device) >= self.drop_prob  # +
         v_hat = self.nn_model(x_t, c, t / self.n_T, context_mask)
+        # By eq. 4, v_hat stands for an eps_hat, and v - v_hat = (eps - eps_hat) / sqrt(alphabar). So this is the loss
+        # of the paper (eq. 14) with the weight 1 / alphabar.
         return F.mse_loss(v_hat, v)
 
     def guided_v(self, x_t: Tensor, c: Tensor, t: int, guide_w: float) -> Tensor:
         """+ Classifier-free guidance (Ho & Salimans 2022, eq. 6): (1 + w) v(x_t, c) - w v(x_t, null), shaped as x_t.
 
-        That paper has eps in place of v. Both give the same, as v is affine in eps (see `forward`), and the weights
-        1 + w and -w add up to 1.
+        That paper has eps in place of v. Both give the same: v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar), by
+        eq. 4 of DDPM, and the weights 1 + w and -w add up to 1.
         + It acts only while t / n_T is in GUIDANCE_INTERVAL (Kynkäänniemi et al. 2024, arXiv:2404.07724).
         """
         t_fraction = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
-        keep = torch.ones_like(t_fraction)
+        keep = torch.ones_like(c, dtype=torch.bool)
+        v = self.nn_model(x_t, c, t_fraction, keep)
         low, high = GUIDANCE_INTERVAL
         if guide_w == 0 or not low < t / self.n_T <= high:
-            return self.nn_model(x_t, c, t_fraction, keep)
-        # Both estimates in one pass, as one batch of twice the size.
-        context_mask = torch.cat([keep, torch.zeros_like(keep)])
-        both = self.nn_model(x_t.repeat(2, 1, 1, 1), c.repeat(2), t_fraction.repeat(2), context_mask)
-        v, v_null = both.chunk(2)
+            return v
+        v_null = self.nn_model(x_t, c, t_fraction, ~keep)
         return (1 + guide_w) * v - guide_w * v_null
 
     def timesteps(self, steps: int) -> list[int]:
         """The steps + 1 timesteps that sampling visits, from n_T down to 0.
 
-        + With fewer steps than n_T, they are denser near 0 (DDIM, appendix D.2: quadratic), with no timestep twice.
+        + With fewer steps than n_T, they are denser near 0 (DDIM, appendix D.2: quadratic).
         """
+        # None comes twice. Where the square rounds to at most i, the timestep is i, and the one for i + 1 is larger.
+        # Where it rounds to more, n_T / steps^2 > 1 / i, and the next square is larger by n_T (2 i + 1) / steps^2 > 2.
         return [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
 
     @torch.no_grad()
     def denoise(
         self,
         c: Tensor | list[int] | int,
+        *,
         guide_w: float = GUIDE_W,
         steps: int | None = None,
         eta: float = 1.0,
@@ -216,18 +217,20 @@ class DDPM(nn.Module):
     ) -> Iterator[Tensor]:
         """Sampling (algorithm 2). Yields steps + 1 batches of images [N,1,28,28] in [0, 1], from noise to digits.
 
-        c: classes, whole numbers in 0 .. 9, in anything that torch.as_tensor takes. guide_w: guidance weight, >= 0.
+        c: N classes, whole numbers in 0 .. 9, in anything that torch.as_tensor takes. guide_w: guidance weight, >= 0.
         steps: 1 .. n_T, by default n_T. + With fewer, timesteps are skipped (DDIM, J. Song et al. 2020,
         arXiv:2010.02502).
-        eta: 1 is DDPM, with the variance of its eq. 7. + 0 is DDIM, which adds no noise during sampling; numbers
-        between mix both (eq. 16 there).
+        eta: in 0 .. 1. 1 is DDPM, with the variance of its eq. 7. + 0 is DDIM, which adds no noise during sampling;
+        numbers between mix both (eq. 16 there).
         generator: a CPU generator, so that a seed means the same noise on every device.
-        Raises ValueError if c or steps is out of range. This is a generator, so it does so with the first image.
+        Raises UserError, with the first image, if c, steps or eta is out of range.
         """
         steps = self.n_T if steps is None else steps
-        c = self.check_arguments(c, steps)
+        c = torch.as_tensor(c).reshape(-1)
+        self.check_arguments(c, steps, eta)
+        c = c.to(self.alphabar.device, torch.int64)
         alphabar = self.alphabar.tolist()
-        shape = (len(c), 1, 28, 28)
+        shape = (len(c), *IMAGE_SHAPE)
 
         x = torch.randn(shape, generator=generator).to(c.device)  # x_T
         yield to_image(x)
@@ -241,7 +244,7 @@ class DDPM(nn.Module):
             x_0 = x_0.clamp(-1, 1)  # +
             eps = (x - sqrt(abar_t) * x_0) / sqrt(1 - abar_t)  # eq. 4, solved for eps, with the clipped x_0
             # DDIM, eq. 12 and 16, where alpha stands for alphabar. With eta = 1 this is DDPM, eq. 6 and 7, with x_t
-            # written in x_0 and eps. At s = 0, sigma = 0 and z, though drawn, has no effect: algorithm 2, line 3.
+            # written in x_0 and eps. At s = 0, sigma = 0: no noise in the last step (algorithm 2, line 3).
             sigma = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
             z = torch.randn(shape, generator=generator).to(c.device)
             x = sqrt(abar_s) * x_0 + sqrt(1 - abar_s - sigma**2) * eps + sigma * z
@@ -253,14 +256,14 @@ class DDPM(nn.Module):
             pass
         return x
 
-    def check_arguments(self, c: Tensor | list[int] | int, steps: int) -> Tensor:
-        """The classes as a tensor [N] int64 on the model's device. Raises ValueError if c or steps is out of range."""
-        c = torch.as_tensor(c).reshape(-1)
-        if not set(c.tolist()) <= set(range(N_CLASSES)):
-            raise ValueError(f"classes must be whole numbers in 0 .. {N_CLASSES - 1}, not {c.tolist()}")
+    def check_arguments(self, c: Tensor, steps: int, eta: float) -> None:
+        """Raises UserError if one of them is out of range."""
+        if not all(label in range(N_CLASSES) for label in c.tolist()):
+            raise UserError(f"classes must be whole numbers in 0 .. {N_CLASSES - 1}, not {c.tolist()}")
         if not 1 <= steps <= self.n_T:
-            raise ValueError(f"steps must be in 1 .. {self.n_T}, not {steps}")
-        return c.to(self.alphabar.device, torch.int64)
+            raise UserError(f"steps must be in 1 .. {self.n_T}, not {steps}")
+        if not 0 <= eta <= 1:
+            raise UserError(f"eta must be in 0 .. 1, not {eta}")
 
 
 def to_image(x: Tensor) -> Tensor:
@@ -276,160 +279,116 @@ def to_image(x: Tensor) -> Tensor:
 # ---- The weights file ------------------------------------------------------------------------------------------------
 
 
-class UserError(Exception):
-    """What the user can mend, in one line: what is wrong, why, and what to do."""
-
-
 def save_weights(path: str | Path, ddpm: DDPM) -> None:
-    """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}, atomically. Raises UserError."""
-    config = {"n_feat": ddpm.nn_model.n_feat, "n_T": ddpm.n_T, "drop_prob": float(ddpm.drop_prob)}
-    # Training keeps tensors in the memory format channels_last; contiguous() undoes this.
-    model = {name: tensor.cpu().contiguous() for name, tensor in ddpm.nn_model.state_dict().items()}
-    write_state(path, {"config": config, "model": model})
+    """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}. Raises OSError."""
+    config = {"n_feat": ddpm.nn_model.n_feat, "n_T": ddpm.n_T, "drop_prob": ddpm.drop_prob}
+    write_state(path, {"config": config, "model": ddpm.nn_model.state_dict()})
 
 
 def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
-    """The DDPM that save_weights wrote, in evaluation mode on device. Raises UserError if the file holds another."""
-    error = UserError(f"{path} holds no model of this architecture; train one: python train_ddpm.py")
-    match read_state(path):
-        case {"config": {"n_feat": int(n_feat), "n_T": int(n_T), "drop_prob": float(drop_prob)}, "model": dict(model)}:
-            ddpm = DDPM(ContextUnet(n_feat), n_T, drop_prob)
-        case _:
-            raise error
+    """The DDPM that save_weights wrote, in evaluation mode on device. Raises UserError, OSError."""
+    config, model = read_state(path, "config", "model")
     try:
+        ddpm = DDPM(ContextUnet(config["n_feat"]), config["n_T"], config["drop_prob"])
         ddpm.nn_model.load_state_dict(model)
-    except RuntimeError:  # other names or shapes
-        raise error from None
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} holds no model of this architecture; train one: python train_ddpm.py") from error
     return ddpm.to(device, memory_format=torch.channels_last).eval()
 
 
 def write_state(path: str | Path, state: dict) -> None:
-    """torch.save, atomically. Raises UserError."""
-    buffer = io.BytesIO()
+    """torch.save, atomically. Raises OSError."""
+    buffer = io.BytesIO()  # as on a full disk, torch.save would raise RuntimeError
     torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
-def read_state(path: str | Path) -> object:
-    """What write_state wrote, on the CPU. Runs no code from the file. Raises UserError."""
+def read_state(path: str | Path, *keys: str) -> list:
+    """The values of these keys in what write_state wrote, on the CPU. Runs no code from the file.
+
+    Raises UserError if the file is damaged or has other content, OSError if it cannot be read.
+    """
+    data = Path(path).read_bytes()
     try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; make it with: python train_ddpm.py") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from None
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return [state[key] for key in keys]
     except Exception as error:  # damage makes torch raise errors of many types
-        raise UserError(f"{path} is damaged, or holds more than weights and could run code; get it again") from error
+        raise UserError(f"{path} is damaged, or was not written by this version of the project") from error
 
 
 # ---- What the scripts share ------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes a file that at any moment, even if the process is killed, is the old one or the new one.
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path to write to. At the end, that file takes the place of path; after an error, it is removed.
 
-    A symbolic link stays a link: its target is written. Raises UserError, also where path is a folder or a device.
+    So at any moment, path is the old file or the new one. Makes the folder. A symbolic link stays a link.
     """
-    target = Path(os.path.realpath(path))
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise UserError(f"cannot write {path} (not a regular file)")
-    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp") as folder:
+        temporary = Path(folder, Path(path).name)
+        yield temporary
         os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):  # there is none if all went well
-            temporary.unlink()
 
 
-def save_png(path: str | Path, pixels: np.ndarray) -> None:
-    """uint8 [height, width] -> a grey PNG, atomically. Raises UserError."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
-
-
-def image_grid(images: Tensor, columns: int, scale: int = 1) -> np.ndarray:
-    """Images [N,1,28,28] in [0, 1] -> uint8 [height, width], row by row, with 2 black pixels around each.
+def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
+    """Images [N,1,28,28] in [0, 1] -> a grey picture of 8 bits, row by row, with 2 black pixels around each.
 
     Each pixel becomes scale x scale. This is the geometry of torchvision's make_grid(padding=2).
     """
     columns = min(columns, len(images))
-    rows = math.ceil(len(images) / columns)
-    n_empty = rows * columns - len(images)
-    tiles = F.pad(images[:, 0], (2, 0, 2, 0, 0, n_empty))  # 2 pixels left and above: [rows * columns, 30, 30]
-    grid = tiles.unflatten(0, (rows, columns)).transpose(1, 2).reshape(30 * rows, 30 * columns)
-    pixels = (F.pad(grid, (0, 2, 0, 2)) * 255).round().to(torch.uint8).cpu().numpy()
-    return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-
-
-def say(text: str) -> None:
-    """Prints a line. Once stdout is closed, or its disk is full, prints nothing more: the work goes on."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        sys.stdout = None
+    rows = ceil(len(images) / columns)
+    side = images.shape[-1] + 2
+    grid = Image.new("L", (side * columns + 2, side * rows + 2))
+    for i, pixels in enumerate((images[:, 0] * 255).round().to(torch.uint8).cpu().numpy()):
+        grid.paste(Image.fromarray(pixels), (side * (i % columns) + 2, side * (i // columns) + 2))
+    return grid.resize((scale * grid.width, scale * grid.height), Image.NEAREST)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For main: a UserError becomes one line on stderr and status 1, Ctrl-C becomes "stopped" and status 130."""
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file name can have characters that it cannot encode
+    """For main: what the user or the system caused is one line on stderr and status 1; after Ctrl-C, status 130."""
     try:
         yield
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except (UserError, OSError, ImportError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        show_progress("")
-        print("stopped", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         sys.exit(130)
 
 
 def show_progress(text: str) -> None:
     """Replaces the line that a person watches. Does nothing where stderr is not a terminal. An empty text clears it."""
-    if sys.stderr and sys.stderr.isatty():
+    if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def file_path(text: str) -> Path:
-    """An argparse type: a path, with ~ expanded."""
-    return Path(os.path.expanduser(text))
-
-
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: an int or a float in [low, high]. Anything else is an error that states the range."""
+    """An argparse type: an int or a float in [low, high]."""
 
     def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high:
-                return value
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text!r}")
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        return value
 
+    parse.__name__ = kind.__name__  # argparse says: invalid int value: '2.5'
     return parse
 
 
 def pick_device(name: str) -> torch.device:
     """An argparse type: a device that works here. "auto" is the GPU if there is one that works, else the CPU."""
-    auto = name == "auto"
-    if auto:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = gpu if name == "auto" else name
     try:
-        torch.zeros(1, device=name).item()
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0]  # torch adds much advice
-        if not auto:
-            raise argparse.ArgumentTypeError(f"cannot use {name!r} ({reason}); auto and cpu work here") from None
-        say(f"warning: cannot use the GPU ({reason}); the CPU is used")
-        name = "cpu"
-    return torch.device(name)
+        reason = str(error).split("\n")[0]
+        if name != "auto":
+            raise argparse.ArgumentTypeError(f"cannot use {name}: {reason}") from None
+        print(f"warning: the CPU is used, not the GPU: {reason}")
+        device = "cpu"
+    return torch.device(device)

@@ -6,47 +6,39 @@ python stitch_images.py                                  # combined_2x5_grid.png
 
 import argparse
 import os
+import sys
+import tempfile
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from ddpm_model import UserError, file_path, one_line_errors, save_png, say
 
-
-def read_grid(path: Path) -> np.ndarray:
-    """The picture at path, uint8 [height, width]. Raises UserError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("L"))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more on damaged files
-        raise UserError(f"{path} is not a readable picture ({type(error).__name__}); draw it again") from None
-
-
-@one_line_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Stitch ten digit grids into one sheet.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--indir", type=file_path, default="generated_outputs", help="has digit_0_grid.png to digit_9_grid.png")
-    add("--output", type=file_path, default="combined_2x5_grid.png", help="the sheet")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--indir", type=os.path.expanduser, default="generated_outputs", help="has the ten grids")
+    parser.add_argument("--output", type=os.path.expanduser, default="combined_2x5_grid.png", help="the sheet")
     args = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = None  # the grids are the user's own, however large
-
-    paths = [args.indir / f"digit_{digit}_grid.png" for digit in range(10)]
-    missing = ", ".join(str(path) for path in paths if not os.path.exists(path))
-    if missing:
-        raise UserError(f"missing {missing}; draw them with: python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9")
-    grids = [read_grid(path) for path in paths]
-    sizes = [f"{path} is {grid.shape[1]}x{grid.shape[0]}" for path, grid in zip(paths, grids)]
-    odd = ", ".join(size for size, grid in zip(sizes, grids) if grid.shape != grids[0].shape)
-    if odd:
-        raise UserError(f"{odd}, but {sizes[0]}; draw all with the same --count and --scale")
-
-    sheet = np.vstack([np.hstack(grids[:5]), np.hstack(grids[5:])])
-    save_png(args.output, sheet)
-    say(f"saved {args.output}")
+    try:
+        for digit in range(10):
+            path = Path(args.indir, f"digit_{digit}_grid.png")
+            grid = Image.open(path).convert("L")
+            if digit == 0:
+                width, height = grid.size
+                sheet = Image.new("L", (5 * width, 2 * height))
+            if grid.size != (width, height):
+                raise ValueError("not the size of digit_0_grid.png; draw all with the same --count and --scale")
+            sheet.paste(grid, (digit % 5 * width, digit // 5 * height))
+        path = Path(args.output)
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp") as folder:
+            temporary = Path(folder, path.name)
+            sheet.save(temporary)
+            os.replace(temporary, target)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+        sys.exit(f"error: {path}: {error}")
+    print(f"saved {path}")
 
 
 if __name__ == "__main__":

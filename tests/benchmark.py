@@ -40,7 +40,7 @@ def gflop_per_image_and_step(ddpm: DDPM) -> float:
     one = torch.ones(1, device=ddpm.alphabar.device)
     x, c = torch.randn(1, 1, 28, 28, device=one.device), one.long()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        ddpm.nn_model(x, c, one, one)
+        ddpm.nn_model(x, c, one, one.bool())
     return counter.get_total_flops() / 1e9
 
 

@@ -64,13 +64,6 @@ def link(path: Path, target: str | Path) -> None:
         pytest.skip("no symbolic links here")
 
 
-def pipe(path: Path) -> None:
-    """Makes a named pipe, which is no regular file, or skips the test."""
-    if not hasattr(os, "mkfifo"):
-        pytest.skip("no named pipes here")
-    os.mkfifo(path)
-
-
 @contextlib.contextmanager
 def file_limit(n_bytes: int):
     """What is written beyond this size fails, as on a full disk. Only around one call: pytest writes files too."""

@@ -17,6 +17,7 @@ The first line has the same figures for N real training images per class: what a
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_model import DDPM, GUIDE_W, UserError, file_path, load_ddpm, number, one_line_errors, pick_device
+from ddpm_model import DDPM, GUIDE_W, N_CLASSES, load_ddpm, number, one_line_errors, pick_device
 from tests.digit_classifier import DigitClassifier, judge, load_classifier
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mnist_features.pth"
@@ -74,7 +75,7 @@ def told_apart(a: Tensor, b: Tensor, epochs: int = 12) -> float:
 
 def first_of_each_class(labels: Tensor, n: int) -> Tensor:
     """Indices of the first n of each digit."""
-    return torch.cat([(labels == digit).nonzero()[:n, 0] for digit in range(10)])
+    return torch.cat([(labels == digit).nonzero()[:n, 0] for digit in range(N_CLASSES)])
 
 
 def real_features(data_dir: str | Path) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ def real_images(data_dir: str | Path, n: int) -> tuple[Tensor, Tensor]:
 
     split = MNIST(data_dir, download=True)
     order = torch.randperm(len(split.data), generator=torch.Generator().manual_seed(0))
-    classes = [order[split.targets[order] == digit] for digit in range(10)]
+    classes = [order[split.targets[order] == digit] for digit in range(N_CLASSES)]
     sets = (torch.cat([index[:n] for index in classes]), torch.cat([index[n : 2 * n] for index in classes]))
     return tuple(split.data[index][:, None] / 255 for index in sets)
 
@@ -107,8 +108,13 @@ def draw(
 ) -> Tensor:
     """per_class images of each digit, [10 per_class,1,28,28] in the 8 bits of a PNG: all zeros, then all ones, ..."""
     generator = torch.Generator().manual_seed(seed)
-    c = torch.arange(10).repeat_interleave(per_class).to(ddpm.alphabar.device)
-    images = torch.cat([ddpm.sample(batch, guide_w, steps, eta, generator) for batch in c.split(batch_size)])
+    c = torch.arange(N_CLASSES).repeat_interleave(per_class).to(ddpm.alphabar.device)
+    images = torch.cat(
+        [
+            ddpm.sample(batch, guide_w=guide_w, steps=steps, eta=eta, generator=generator)
+            for batch in c.split(batch_size)
+        ]
+    )
     return (images.cpu() * 255).round() / 255
 
 
@@ -132,20 +138,18 @@ def figures(features: Tensor, predicted: Tensor, labels: Tensor, real: dict[str,
 @one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the quality of drawn digits.")
-    parser.add_argument("--weights", type=file_path, default="weights/ddpm_mnist.pth")
+    parser.add_argument("--weights", type=os.path.expanduser, default="weights/ddpm_mnist.pth")
     parser.add_argument("--guide-w", type=number(float, 0, 100), nargs="+", default=[0.0, GUIDE_W, 1.0])
     parser.add_argument("--steps", type=number(int, 1, 10**6), nargs="+", default=[50])
     parser.add_argument("--eta", type=number(float, 0, 1), default=1.0, help="1 is DDPM, 0 is DDIM")
     parser.add_argument("--per-class", type=number(int, 4, TRAIN_PER_CLASS), default=200)
-    parser.add_argument("--seed", type=number(int, 0, 2**60), default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--device", type=pick_device, default="auto")
-    parser.add_argument("--data-dir", type=file_path, help="has MNIST, for the two-sample test")
+    parser.add_argument("--data-dir", type=os.path.expanduser, help="has MNIST, for the two-sample test")
     args = parser.parse_args()
 
     real = real_features(args.data_dir) if args.data_dir else torch.load(FIXTURE, weights_only=True)
     ddpm = load_ddpm(args.weights, args.device)
-    if max(args.steps) > ddpm.n_T:
-        raise UserError(f"--steps must be from 1 to {ddpm.n_T}, the timesteps of {args.weights}")
 
     print(f"{args.per_class} images per class       accuracy     FID  precision  recall  corners  s/image  told apart")
     some = first_of_each_class(real["train_labels"], args.per_class)
@@ -156,7 +160,7 @@ def main() -> None:
         peers, others = real_images(args.data_dir, n)
         line += f"{told_apart(others, peers):30.1%}"
     print(line, flush=True)
-    labels, classifier = torch.arange(10).repeat_interleave(args.per_class), load_classifier()
+    labels, classifier = torch.arange(N_CLASSES).repeat_interleave(args.per_class), load_classifier()
     for steps in args.steps:
         for guide_w in args.guide_w:
             start = time.perf_counter()
@@ -166,7 +170,7 @@ def main() -> None:
             line += figures(*judge(classifier, images), labels, real, args.per_class)
             line += f"  {corner_brightness(images):7.4f}  {seconds:7.4f}"
             if args.data_dir:
-                drawn = images.unflatten(0, (10, -1))[:, :n].flatten(0, 1)
+                drawn = images.unflatten(0, (N_CLASSES, -1))[:, :n].flatten(0, 1)
                 line += f"{told_apart(drawn, peers):12.1%}"
             print(line, flush=True)
 

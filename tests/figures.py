@@ -6,6 +6,7 @@ python -m tests.figures --learning            # learning.png
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,11 @@ from ddpm_model import (
     GUIDE_W,
     ContextUnet,
     UserError,
-    file_path,
+    atomic_write,
     image_grid,
     load_ddpm,
     number,
     one_line_errors,
-    save_png,
     to_image,
 )
 
@@ -49,7 +49,12 @@ def labelled(title: str, rows: dict[str, np.ndarray]) -> np.ndarray:
 
 def row(images: Tensor) -> np.ndarray:
     """Images [N,1,28,28] in [0, 1] -> uint8 [height, width], side by side."""
-    return image_grid(images, columns=len(images), scale=SCALE)
+    return np.array(image_grid(images, columns=len(images), scale=SCALE))
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels).save(temporary)
 
 
 def draw(ddpm: DDPM, seed: int, c: Tensor = ALL, **options) -> Tensor:
@@ -119,19 +124,19 @@ def main() -> None:
         description="Draw the pictures of README.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--weights", type=file_path, default="weights/ddpm_mnist.pth", help="draw with these")
-    add("--outdir", type=file_path, default="generated_outputs", help="where the pictures go")
+    add("--weights", type=os.path.expanduser, default="weights/ddpm_mnist.pth", help="draw with these")
+    add("--outdir", type=os.path.expanduser, default="generated_outputs", help="where the pictures go")
     add("--seed", type=number(int, 0, 2**60), default=0, help="of the noise")
     add("--learning", action="store_true", help="learning.png alone, from the previews beside the weights")
     args = parser.parse_args()
     if args.learning:
-        save_png(args.outdir / "learning.png", learning(args.weights))
+        save_png(Path(args.outdir, "learning.png"), learning(Path(args.weights)))
         return
     ddpm = load_ddpm(args.weights)
     if ddpm.n_T < 50:
         raise UserError(f"{args.weights} has {ddpm.n_T} timesteps; the pictures need at least 50")
     for figure in (noise_levels, estimates, guidance, steps):
-        save_png(args.outdir / f"{figure.__name__}.png", figure(ddpm, args.seed))
+        save_png(Path(args.outdir, f"{figure.__name__}.png"), figure(ddpm, args.seed))
 
 
 if __name__ == "__main__":

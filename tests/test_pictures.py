@@ -1,11 +1,9 @@
 """The scripts that draw, make videos and stitch, as a user runs them; what all scripts share; what is shipped."""
 
 import io
-import os
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import cv2
@@ -14,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+import ddpm_model
 import inference_ddpm
-from ddpm_model import DDPM, ContextUnet, UserError, load_ddpm, save_weights
-from tests.conftest import PROJECT, SMALL_RUN, TOO_LONG, assert_one_line_error, file_limit, link, pipe, run
+from ddpm_model import DDPM, N_CLASSES, ContextUnet, image_grid, load_ddpm, save_weights
+from tests import evaluate
+from tests.conftest import PROJECT, SMALL_RUN, TOO_LONG, assert_one_line_error, file_limit, link, run
 from tests.digit_classifier import judge, load_classifier
 
 GALLERY = PROJECT / "generated_outputs"
@@ -80,6 +80,18 @@ def test_scale_and_seed(quick, draw):
     assert small.shape == (92, 92) and (pixels(path) == np.kron(small, np.ones((4, 4), np.uint8))).all()
 
 
+def test_no_two_seeds_are_the_same(quick, draw):
+    """torch uses 32 bits of a seed."""
+    path = quick / "generated_outputs" / "digit_9_grid.png"
+    contents = set()
+    for seed in (0, 1, inference_ddpm.N_SEEDS - 1):
+        assert draw(quick, "--steps", "1", "--digit", "9", "--seed", seed).returncode == 0
+        contents.add(path.read_bytes())
+    assert len(contents) == 3
+    assert 10 * (inference_ddpm.N_SEEDS - 1) + 9 < 2**32
+    assert draw(quick, "--seed", inference_ddpm.N_SEEDS).returncode == 2
+
+
 def test_several_digits(quick, draw):
     """They are those that are drawn alone."""
     out = quick / "generated_outputs"
@@ -93,7 +105,7 @@ def test_many_digits(quick, monkeypatch, draw):
     """They are drawn in batches."""
     sizes = []
     monkeypatch.setattr(inference_ddpm, "BATCH_SIZE", 4)
-    monkeypatch.setattr(DDPM, "guided_v", lambda self, x, c, t, w: sizes.append(len(x)) or x)
+    monkeypatch.setattr(DDPM, "guided_v", lambda self, x, *args: sizes.append(len(x)) or x)
     assert draw(quick, "--count", "10", "--steps", "1", "--scale", "1").returncode == 0
     assert sizes == [4, 4, 2]
     assert pixels(quick / "generated_outputs" / "digit_5_grid.png").shape == (30 * 3 + 2, 30 * 4 + 2)
@@ -110,11 +122,7 @@ def read_video(path: Path) -> tuple[list[np.ndarray], float, str]:
     return frames, video.get(cv2.CAP_PROP_FPS), codec
 
 
-@pytest.mark.parametrize(
-    ("steps", "scale", "outdir"),
-    [(40, 2, "generated_outputs"), (2, 1, "12:30"), (2, 1, "m\udcfcll")],
-    ids=["plain", "colon", "not UTF-8"],
-)
+@pytest.mark.parametrize(("steps", "scale", "outdir"), [(40, 2, "generated_outputs"), (2, 1, "12:30"), (2, 1, "权重")])
 def test_video(quick, steps, scale, outdir, draw):
     folder = quick / outdir
     try:
@@ -143,43 +151,35 @@ def test_video(quick, steps, scale, outdir, draw):
         assert np.abs(np.array(gif.convert("L")) - frames[-1][..., 0]).mean() < 12  # in 16 grey levels
 
 
-def test_no_codec(tmp_path, monkeypatch):
+def test_no_codec(quick, monkeypatch, draw):
     real = cv2.VideoWriter
     monkeypatch.setattr(cv2, "VideoWriter", lambda *args, **kwargs: real())
     monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *code: 0)
-    with pytest.raises(UserError, match=r"no codec .*pip install") as caught:
-        inference_ddpm.encode_mp4([(torch.zeros(10, 1, 28, 28), 400)], 1, str(tmp_path))
-    assert "outdir" not in str(caught.value)
+    result = draw(quick, "--video", "--steps", "2", "--scale", "1")
+    assert_one_line_error(result, "not all 181 frames", "OpenCV without VP9")
 
 
 def test_frames_show_their_timestep(quick, monkeypatch, draw):
     """From n_T down to 0, few of them near n_T, and each with the images that belong to it."""
-    shown = []
-    monkeypatch.setattr(inference_ddpm, "encode_mp4", lambda frames, *args: shown.extend(frames) or b"")
+    texts, pictures = [], []
+    put_text = cv2.putText
+
+    def remember(frame, text, *args):
+        texts.append(text)
+        pictures.append(frame[:62].copy())
+        return put_text(frame, text, *args)
+
+    monkeypatch.setattr(cv2, "putText", remember)
     assert draw(quick, "--video", "--seed", "1", "--scale", "1").returncode == 0
-    assert len(shown) == inference_ddpm.N_FRAMES
-    timesteps = [t for _, t in shown]
+    assert len(texts) == inference_ddpm.N_FRAMES
+    timesteps = [int(text.removeprefix("t = ")) for text in texts]
     assert timesteps[0] == 40 and timesteps[-1] == 0 and sorted(timesteps, reverse=True) == timesteps
     assert timesteps.index(20) < len(timesteps) / 2
     ddpm = load_ddpm(quick / "weights" / "ddpm_mnist.pth")
     torch.manual_seed(1)
-    states = list(ddpm.denoise(range(10)))
-    assert all((x - states[40 - t]).abs().max() < 0.03 for x, t in shown)  # threads round otherwise, at 2 % to black
-
-
-@pytest.mark.parametrize("problem", ["not UTF-8", "none"])
-def test_temporary_folder_that_is_not_usable(quick, tmp_path_factory, monkeypatch, draw, problem):
-    """Nothing is drawn for it."""
-    folder = tmp_path_factory.mktemp("tmp") / "m\udcfcll"
-    try:
-        folder.mkdir()
-    except OSError:
-        pytest.skip("no such names on this file system")
-    monkeypatch.setattr(DDPM, "denoise", None)
-    with monkeypatch.context() as patch:  # pytest needs a temporary folder too
-        patch.setattr(tempfile, "tempdir", str(folder) if problem == "not UTF-8" else str(folder / "none"))
-        result = draw(quick, "--video")
-    assert_one_line_error(result, "temporary folder", "TMPDIR")
+    states = [np.array(image_grid(x, columns=5)).astype(int) for x in ddpm.denoise(range(N_CLASSES))]
+    # Threads round otherwise, and 2 % (5 of 255) from black is black.
+    assert all(np.abs(picture - states[40 - t]).max() < 8 for t, picture in zip(timesteps, pictures))
 
 
 def test_full_disk(quick, draw):
@@ -201,7 +201,8 @@ def test_without_opencv(quick, monkeypatch, draw):
     monkeypatch.syspath_prepend(quick / "broken")
     monkeypatch.delitem(sys.modules, "cv2")
     monkeypatch.setattr(DDPM, "denoise", None)
-    assert_one_line_error(draw(quick, "--video"), "libGL.so.1", "install")
+    assert_one_line_error(draw(quick, "--video"), "libGL.so.1")
+    assert not list((quick / "generated_outputs").iterdir())
 
 
 # ---- Stitching
@@ -230,6 +231,23 @@ def test_stitching(workdir, call):
     assert result.returncode == 0 and (pixels(workdir / "new" / "sheet.png") == expected).all()
 
 
+def test_format_of_the_sheet(workdir, grids, call):
+    """It is that of the name."""
+    for name, form in {"sheet.jpg": "JPEG", "sheet.png": "PNG"}.items():
+        assert call(workdir, "stitch_images.py", "--output", name).returncode == 0
+        with Image.open(workdir / name) as sheet:
+            assert sheet.format == form and sheet.size == (5 * 92, 2 * 92)
+    assert_one_line_error(call(workdir, "stitch_images.py", "--output", "sheet.xyz"), "sheet.xyz", "extension")
+
+
+def test_stitching_needs_pillow_alone(workdir, grids):
+    """It does not wait for torch."""
+    (workdir / "torch.py").write_text("raise ImportError('torch')", encoding="utf-8")
+    (workdir / "numpy.py").write_text("raise ImportError('numpy')", encoding="utf-8")
+    result = run(workdir, "stitch_images.py")
+    assert result.returncode == 0 and (workdir / "combined_2x5_grid.png").exists(), result.stderr
+
+
 def picture(height: int, width: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((height, width), np.uint8)).save(buffer, "PNG")
@@ -237,19 +255,26 @@ def picture(height: int, width: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "mentions"),
-    [(None, ["missing", "digit_2_grid.png", "digit_7_grid.png"]), (b"", ["not a readable picture"]),
-     (b"no picture", ["not a readable picture"]), (picture(92, 92)[:60], ["not a readable picture"]),
-     (picture(62, 31), ["digit_2_grid.png", "31x62", "digit_7_grid.png", "92x92"])],
+    ("content", "reason"),
+    [(None, "No such file"), (b"", "cannot identify"), (b"no picture", "cannot identify"),
+     (picture(92, 92)[:60], "truncated"), (picture(62, 31), "not the size of digit_0_grid.png")],
     ids=["missing", "empty", "foreign", "truncated", "another size"],
 )  # fmt: skip
-def test_bad_grids(workdir, grids, call, content, mentions):
-    for digit in (2, 7):
-        path = grids / f"digit_{digit}_grid.png"
-        path.unlink() if content is None else path.write_bytes(content)
-    result = call(workdir, "stitch_images.py")
-    assert_one_line_error(result, "digit_2_grid.png", *mentions)
-    assert "digit_3" not in result.stderr and not (workdir / "combined_2x5_grid.png").exists()
+def test_bad_grids(workdir, grids, call, content, reason):
+    path = grids / "digit_2_grid.png"
+    path.unlink() if content is None else path.write_bytes(content)
+    (workdir / "combined_2x5_grid.png").write_bytes(b"precious")
+    assert_one_line_error(call(workdir, "stitch_images.py"), "digit_2_grid.png", reason)
+    assert (workdir / "combined_2x5_grid.png").read_bytes() == b"precious"
+
+
+def test_full_disk_while_stitching(workdir, grids, call):
+    (workdir / "combined_2x5_grid.png").write_bytes(b"precious")
+    before = set(workdir.iterdir())
+    with file_limit(200):
+        result = call(workdir, "stitch_images.py")
+    assert_one_line_error(result, "combined_2x5_grid.png", "too large")
+    assert (workdir / "combined_2x5_grid.png").read_bytes() == b"precious" and set(workdir.iterdir()) == before
 
 
 # ---- Bad input
@@ -257,21 +282,22 @@ def test_bad_grids(workdir, grids, call, content, mentions):
 
 @pytest.mark.parametrize(
     ("options", "allowed"),
-    [("--digit 10", "from 0 to 9"), ("--digit -1", "from 0 to 9"), ("--digit 5 x", "from 0 to 9"),
-     ("--count 0", "from 1"), ("--count -3", "from 1"), ("--count 2.5", "whole number"), ("--steps 0", "from 1"),
+    [("--digit 10", "from 0 to 9"), ("--digit -1", "from 0 to 9"), ("--digit 5 x", "invalid int value: 'x'"),
+     ("--count 0", "from 1"), ("--count -3", "from 1"), ("--count 2.5", "invalid int value: '2.5'"),
+     ("--steps 0", "from 1"),
      ("--scale 0", "from 1 to"), ("--scale -4", "from 1 to"), ("--guide-w nan", "from 0 to"),
      ("--guide-w -1", "from 0 to"), ("--guide-w inf", "from 0 to"), ("--seed -1", "from 0 to"),
-     ("--eta 2", "from 0 to 1"), ("--device quantum", "device"), ("--count 100000000000", "from 1 to 1000000"),
-     ("--count 1000000 --scale 1", "at most 16384"), ("--count 1600 --scale 64", "at most 16384")],
+     ("--eta 2", "from 0 to 1"), ("--device quantum", "device"), ("--count 100000000000", "from 1 to 1000000")],
 )  # fmt: skip
 def test_impossible_options(tmp_path, monkeypatch, draw, options, allowed):
-    monkeypatch.setattr(inference_ddpm, "load_ddpm", None)  # it is not reached
+    monkeypatch.setattr(ddpm_model, "load_ddpm", None)  # it is not reached
     result = draw(tmp_path, *options.split())
     assert result.returncode == 2 and allowed in result.stderr
 
 
 def test_more_steps_than_the_weights_have(quick, draw):
-    assert_one_line_error(draw(quick, "--steps", "41"), "--steps", "1 to 40")
+    for mode in ((), ("--video",)):
+        assert_one_line_error(draw(quick, "--steps", "41", *mode), "steps must be in 1 .. 40, not 41")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not weights"])
@@ -291,13 +317,15 @@ STITCH = ("stitch_images.py",)
     ("command", "named"),
     [((*DRAW, "--outdir", "ddpm_model.py"), "ddpm_model.py"),
      ((*DRAW, "--video", "--scale", "1", "--outdir", "ddpm_model.py"), "ddpm_model.py"),
-     ((*DRAW, "--outdir", TOO_LONG), f"cannot write {TOO_LONG}"), ((*DRAW, "--weights", TOO_LONG), TOO_LONG),
-     ((*STITCH, "--output", "small/MNIST"), "small/MNIST"), ((*STITCH, "--output", "/"), "cannot write /"),
-     ((*STITCH, "--output", TOO_LONG), f"cannot write {TOO_LONG}"), ((*STITCH, "--indir", TOO_LONG), TOO_LONG),
+     ((*DRAW, "--outdir", TOO_LONG), TOO_LONG), ((*DRAW, "--weights", TOO_LONG), TOO_LONG),
+     ((*STITCH, "--output", "small/MNIST"), "small/MNIST"), ((*STITCH, "--output", f"{TOO_LONG}.png"), TOO_LONG),
+     ((*STITCH, "--output", "ddpm_model.py/sheet.png"), "ddpm_model.py"), ((*STITCH, "--indir", TOO_LONG), TOO_LONG),
      (("train_ddpm.py", "--data-dir", TOO_LONG), TOO_LONG)],
     ids=str,
 )  # fmt: skip
-def test_impossible_paths(quick, grids, call, command, named):
+def test_impossible_paths(quick, grids, call, monkeypatch, command, named):
+    """An output folder that cannot be made is found before anything is drawn."""
+    monkeypatch.setattr(DDPM, "denoise", None)
     before = (quick / "ddpm_model.py").read_bytes()
     assert_one_line_error(call(quick, *command), Path(named))
     assert (quick / "ddpm_model.py").read_bytes() == before and (quick / "small" / "MNIST" / "raw").is_dir()
@@ -324,28 +352,6 @@ def script(request, quick, grids):
     return command, PRODUCTS[request.param]
 
 
-def test_nobody_reads_stdout(quick, script):
-    """As with `| true`."""
-    command, product = script
-    reader, writer = os.pipe()
-    os.close(reader)
-    result = run(quick, *command("out"), stdout=writer)
-    os.close(writer)
-    assert result.returncode == 0 and result.stderr == ""
-    assert (quick / "out" / product).exists()
-
-
-def test_poor_streams(quick, monkeypatch, call, script):
-    """There is no stderr, as with 2>&-, and stdout cannot encode a path, as with `> log.txt` on Windows."""
-    command, product = script
-    monkeypatch.setattr(sys, "stderr", None)
-    with open(quick / "log.txt", "w", encoding="cp1252") as log:
-        monkeypatch.setattr(sys, "stdout", log)
-        assert call(quick, *command("权重")).returncode == 0
-    assert "saved \\u6743\\u91cd" in (quick / "log.txt").read_text(encoding="cp1252")
-    assert (quick / "权重" / product).exists()
-
-
 def test_home(quick, tmp_path_factory, monkeypatch, call, script):
     """~ is expanded in all paths."""
     command, product = script
@@ -358,7 +364,7 @@ def test_home(quick, tmp_path_factory, monkeypatch, call, script):
 
 
 def test_output_is_a_link(quick, call, script):
-    """To a file, to none yet, and to a pipe, which is refused."""
+    """To a file, and to none yet. It stays a link."""
     command, product = script
     (quick / "old").write_bytes(b"old")
     for target in (quick / "old", quick / "new"):
@@ -366,17 +372,13 @@ def test_output_is_a_link(quick, call, script):
         link(quick / "out" / product, target)
         assert call(quick, *command("out")).returncode == 0
         assert (quick / "out" / product).is_symlink() and target.stat().st_size > 100
-    (quick / "out" / product).unlink()
-    pipe(quick / "pipe")
-    link(quick / "out" / product, quick / "pipe")
-    assert_one_line_error(call(quick, *command("out")), Path("out") / product, "regular file")
-    assert (quick / "out" / product).is_symlink()
 
 
 def test_from_another_folder(quick, tmp_path_factory):
-    """The weights beside the script are found, and the picture is put into the working directory."""
+    """The weights beside the script are found, also through a link. The picture is put into the working directory."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    result = run(elsewhere, quick / "inference_ddpm.py", "--steps", "2")
+    link(elsewhere / "draw.py", quick / "inference_ddpm.py")
+    result = run(elsewhere, "draw.py", "--steps", "2")
     assert result.returncode == 0 and (elsewhere / "generated_outputs" / "digit_5_grid.png").exists(), result.stderr
 
 
@@ -392,11 +394,15 @@ def test_help_has_defaults(tmp_path, call, name):
 
 
 def test_shipped_weights():
-    """They draw what was asked for, are small, and are of the default network."""
-    labels = torch.arange(10).repeat(10)
-    digits = load_ddpm(WEIGHTS).sample(labels, steps=100, generator=torch.Generator().manual_seed(0))
-    _, seen = judge(load_classifier(), digits)
-    assert (seen == labels).sum().item() >= 98
+    """They draw what was asked for, as near to the test set as real digits; are small, and of the default network."""
+    labels = torch.arange(N_CLASSES).repeat(20)
+    digits = load_ddpm(WEIGHTS).sample(labels, steps=50, generator=torch.Generator().manual_seed(0))
+    features, seen = judge(load_classifier(), digits)
+    assert (seen == labels).double().mean() >= 0.98
+    real = torch.load(evaluate.FIXTURE, weights_only=True)
+    some = evaluate.first_of_each_class(real["train_labels"], 20)
+    of_real_digits = evaluate.frechet_distance(real["train"][some], real["test"])
+    assert evaluate.frechet_distance(features, real["test"]) < of_real_digits
     assert WEIGHTS.stat().st_size <= 6e6
     config = torch.load(WEIGHTS, weights_only=True)["config"]
     assert config["n_T"] == 400 and config["drop_prob"] == 0.1
