@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 
 def write_idx(path: Path, tensor: Tensor) -> None:
-    """A uint8 tensor in the IDX format of MNIST (http://yann.lecun.com/exdb/mnist)."""
+    """A uint8 tensor in the IDX format of MNIST: two zeros, 8 for uint8, the number of sizes, the sizes, the values."""
     header = struct.pack(f">BBBB{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)
     path.write_bytes(header + tensor.numpy().tobytes())
 

@@ -9,11 +9,12 @@ FID        Fréchet distance (Heusel et al. 2017, arXiv:1706.08500) to the 10,00
            judge's 64 features (not comparable with figures measured in Inception features)
 precision  share of drawn images that lie among real ones, recall: share of real ones that lie among the drawn
            (Kynkäänniemi et al. 2019, arXiv:1904.06991, k = 3), against N test images per class
-corners    mean brightness of the four 3x3 corners of the images; a black background has 0
+spread     mean distance between two images of one class, sqrt of the sum of squares over the pixels: their variety
 told apart accuracy of a small CNN that was trained to tell drawn from real images, on others of both; 50 % is chance
            (Lopez-Paz & Oquab 2017, arXiv:1610.06545)
 
-The first line has the same figures for N real training images per class: what a perfect model would reach.
+The first line has the same figures for N real training images per class. The judge has learned from them: on the test
+set its accuracy is 99.71 %.
 """
 
 import argparse
@@ -118,10 +119,9 @@ def draw(
     return (images.cpu() * 255).round() / 255
 
 
-def corner_brightness(images: Tensor) -> float:
-    """Mean of the four 3x3 corners of images [N,1,28,28]."""
-    ends = torch.tensor([0, 1, 2, -3, -2, -1])
-    return images[..., ends, :][..., ends].mean().item()
+def spread(images: Tensor, per_class: int) -> float:
+    """Mean distance between two images of one class, for images [N,1,28,28] of which per_class follow each other."""
+    return sum(torch.pdist(same.flatten(1)).mean().item() for same in images.split(per_class)) * per_class / len(images)
 
 
 def figures(features: Tensor, predicted: Tensor, labels: Tensor, real: dict[str, Tensor], per_class: int) -> str:
@@ -151,14 +151,14 @@ def main() -> None:
     real = real_features(args.data_dir) if args.data_dir else torch.load(FIXTURE, weights_only=True)
     ddpm = load_ddpm(args.weights, args.device)
 
-    print(f"{args.per_class} images per class       accuracy     FID  precision  recall  corners  s/image  told apart")
+    print(f"{args.per_class} images per class       accuracy     FID  precision  recall   spread  s/image  told apart")
     some = first_of_each_class(real["train_labels"], args.per_class)
     columns = (real["train"][some].float(), real["train_predicted"][some], real["train_labels"][some])
     line = f"real training images     {figures(*columns, real, args.per_class)}"
     n = min(args.per_class, TOLD_APART_PER_CLASS)
     if args.data_dir:
         peers, others = real_images(args.data_dir, n)
-        line += f"{told_apart(others, peers):30.1%}"
+        line += f"  {spread(others, n):7.2f}{told_apart(others, peers):21.1%}"
     print(line, flush=True)
     labels, classifier = torch.arange(N_CLASSES).repeat_interleave(args.per_class), load_classifier()
     for steps in args.steps:
@@ -168,7 +168,7 @@ def main() -> None:
             seconds = (time.perf_counter() - start) / len(images)
             line = f"{steps:4d} steps, guide_w {guide_w:4.2f}  "
             line += figures(*judge(classifier, images), labels, real, args.per_class)
-            line += f"  {corner_brightness(images):7.4f}  {seconds:7.4f}"
+            line += f"  {spread(images, args.per_class):7.2f}  {seconds:7.4f}"
             if args.data_dir:
                 drawn = images.unflatten(0, (N_CLASSES, -1))[:, :n].flatten(0, 1)
                 line += f"{told_apart(drawn, peers):12.1%}"

@@ -10,11 +10,11 @@ from tests import evaluate
 from tests.conftest import assert_one_line_error
 from tests.evaluate import (
     FIXTURE,
-    corner_brightness,
     figures,
     first_of_each_class,
     frechet_distance,
     share_inside,
+    spread,
     told_apart,
 )
 
@@ -43,13 +43,11 @@ def test_precision_and_recall_of_known_sets():
     assert share_inside(line, half) == 0.53  # 50, 51 and 52 are within 3 of 49, the end
 
 
-def test_corners():
-    images = torch.zeros(2, 1, 28, 28)
-    images[:, :, 3:25] = images[..., 3:25] = 1
-    images[..., :3, 3:25] = 0.5
-    assert corner_brightness(images) == 0
-    images[..., -3:, :3] = 1
-    assert corner_brightness(images) == pytest.approx(0.25)
+def test_spread():
+    """Two images of each class, 3 and 4 apart in two pixels: at distance 5; and at 0."""
+    images = torch.zeros(4, 1, 28, 28)
+    images[1, 0, 0, :2] = torch.tensor([3.0, 4.0])
+    assert spread(images, 2) == pytest.approx(2.5)
 
 
 @pytest.mark.parametrize(("brightness", "low", "high"), [(1.0, 0.35, 0.65), (0.5, 0.95, 1.0)])

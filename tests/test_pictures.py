@@ -390,6 +390,23 @@ def test_help_has_defaults(tmp_path, call, name):
     assert len(options) > 1 and text.count("(default: ") == len(set(options)) and "None" not in text
 
 
+def test_figures(quick, call):
+    """tests/figures.py draws all pictures of README."""
+    torch.manual_seed(0)
+    save_weights(quick / "small.pth", DDPM(ContextUnet(n_feat=8), 50))
+    result = call(quick, "tests.figures", "--weights", "small.pth", "--outdir", "new")
+    assert result.returncode == 0, result.stderr
+    preview = image_grid(torch.rand(60, 1, 28, 28), columns=10, scale=3)
+    for epoch in (1, 3, 30):
+        preview.save(quick / f"small.pth.epoch_{epoch:02d}.png")
+    assert call(quick, "tests.figures", "--weights", "small.pth", "--outdir", "new", "--learning").returncode == 0
+    sizes = {path.stem: pixels(path).shape for path in (quick / "new").iterdir()}
+    n_rows = {"noise_levels": 9, "estimates": 10, "guidance": 4, "steps": 10, "learning": 4}
+    assert sizes == {name: (128 * rows, 320 + 4 * 302) for name, rows in n_rows.items()}
+    row = pixels(quick / "new" / "learning.png")[128:256, 320:]
+    assert (row[::4, ::4] == np.array(preview)[::3, ::3][150:182]).all()
+
+
 # ---- What is shipped
 
 

@@ -102,8 +102,10 @@ def test_both_languages_say_the_same():
     """Commands, code and rows of figures."""
 
     def facts(text: str) -> list[str]:
-        commands = [line.split("#")[0].strip() for line in re.findall(r"^(?:python|pip|git|mv) .*", text, flags=re.M)]
-        code = re.findall(r"^(?:import|from|ddpm|digits) .*?(?=$|  #)", text, flags=re.M)
+        commands = [
+            line.split("#")[0].strip() for line in re.findall(r"^(?:python3?|pip|mv) .*", text, flags=re.M)
+        ]
+        code = re.findall(r"^(?:from|ddpm|digits|save_image).*?(?=$|  #)", text, flags=re.M)
         rows = [re.sub(r"^\|[^|]*", "", row) for row in re.findall(r"^\|.*\d %.*", text, flags=re.M)]
         return commands + code + rows
 
@@ -111,11 +113,47 @@ def test_both_languages_say_the_same():
     assert len(facts(ENGLISH)) > 15
 
 
+def written_files(command: str) -> set[str]:
+    """What a command of README writes, by the options that say so."""
+
+    def value(option: str, default: str) -> str:
+        match = re.search(rf"{option} ((?:\S+ ?)+?)(?= --|$)", command)
+        return match[1] if match else default
+
+    if "train_ddpm.py" in command:
+        return {value("--weights", "weights/ddpm_mnist.pth")}
+    if "inference_ddpm.py" in command:
+        names = ["video"] if "--video" in command else [f"digit_{digit}" for digit in value("--digit", "5").split()]
+        return {f"{value('--outdir', 'generated_outputs')}/{name}" for name in names}
+    return {value("--output", "combined_2x5_grid.png")} if "stitch_images.py" in command else set()
+
+
+def test_no_two_commands_of_a_block_write_the_same_file():
+    """Nor does an exercise replace what is in the repository."""
+    n_files = 0
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        written = [name for line in block.splitlines() for name in written_files(line.split("#")[0].strip())]
+        assert len(set(written)) == len(written), block
+        n_files += len(written)
+    assert n_files > 20
+    exercises = re.findall(r"^## (?:Try yourself|动手试试)\n(.*?)^## ", README, flags=re.M | re.S)
+    assert len(exercises) == 2
+    for line in "\n".join(exercises).splitlines():
+        assert all(name.startswith("try/") for name in written_files(line.strip())), line
+
+
 def test_top_level():
-    tracked = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, encoding="utf-8")
-    if tracked.returncode:
+    """In a copy without git, or inside of another repository, there is nothing to ask."""
+
+    def git(*command: str) -> str:
+        result = subprocess.run(["git", *command], cwd=PROJECT, capture_output=True, encoding="utf-8")
+        return result.stdout if result.returncode == 0 else ""
+
+    if not shutil.which("git") or not git("rev-parse", "--show-toplevel"):
         pytest.skip("not a git checkout")
-    names = {path.split("/")[0] for path in tracked.stdout.split()}
+    if not PROJECT.samefile(git("rev-parse", "--show-toplevel").strip()):
+        pytest.skip("inside of another repository")
+    names = {path.split("/")[0] for path in git("ls-files").split()}
     assert {name for name in names if not name.startswith(".")} == {
         "README.md", "ddpm_model.py", "generated_outputs", "inference_ddpm.py", "requirements.txt", "stitch_images.py",
         "tests", "train_ddpm.py", "weights",
