@@ -30,7 +30,7 @@ from torch import Tensor, nn
 GUIDE_W = 0.25  # the default guidance weight w; README shows what other values do
 GUIDANCE_INTERVAL = (0.4, 0.9)  # guidance acts while 0.4 < t / n_T <= 0.9
 N_CLASSES = 10
-IMAGE_SHAPE = (1, 28, 28)  # channels, height, width; the last two are multiples of 4
+IMAGE_SHAPE = (1, 28, 28)  # channels, height, width; the network halves the last two twice
 TIME_DIM = 64
 
 
@@ -114,7 +114,7 @@ class ContextUnet(nn.Module):
         self.down = nn.Conv2d(n_feat, wide, 2, stride=2)
         self.mid1 = ResBlock(wide, wide, emb_dim)
         self.mid2 = ResBlock(wide, wide, emb_dim)
-        self.up = nn.Conv2d(wide, 4 * n_feat, 1)  # 4, for the pixel shuffle behind it
+        self.up = nn.Conv2d(wide, 4 * n_feat, 1)  # 4, for the pixel shuffle after it
         self.dec1 = ResBlock(2 * n_feat, n_feat, emb_dim)
         self.dec2 = ResBlock(n_feat, n_feat, emb_dim)
         self.out_norm = nn.GroupNorm(1, n_feat)
@@ -164,7 +164,8 @@ class DDPM(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """The training loss, a scalar (algorithm 1), for images x [B,1,28,28] in [0, 1] of classes c [B] int64.
 
-        + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512).
+        + The network estimates v, not eps (Salimans & Ho 2022, arXiv:2202.00512). By eq. 4, v - v_hat is
+        (eps - eps_hat) / sqrt(alphabar), so this is the loss of the paper (eq. 14) with the weight 1 / alphabar.
         + With probability drop_prob the class is hidden (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1).
         """
         B = len(x)
@@ -173,11 +174,9 @@ class DDPM(nn.Module):
         eps = torch.randn_like(x_0)
         abar = self.alphabar[t][:, None, None, None]
         x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps  # eq. 4
-        v = abar.sqrt() * eps - (1 - abar).sqrt() * x_0  # +
-        context_mask = torch.rand(B, device=x.device) >= self.drop_prob  # +
+        v = abar.sqrt() * eps - (1 - abar).sqrt() * x_0  # + the target is v
+        context_mask = torch.rand(B, device=x.device) >= self.drop_prob  # + the class is hidden
         v_hat = self.nn_model(x_t, c, t / self.n_T, context_mask)
-        # By eq. 4, v_hat stands for an eps_hat, and v - v_hat = (eps - eps_hat) / sqrt(alphabar). So this is the loss
-        # of the paper (eq. 14) with the weight 1 / alphabar.
         return F.mse_loss(v_hat, v)
 
     def guided_v(self, x_t: Tensor, c: Tensor, t: int, guide_w: float) -> Tensor:
@@ -201,8 +200,8 @@ class DDPM(nn.Module):
 
         + With fewer steps than n_T, they are denser near 0 (DDIM, appendix D.2: quadratic).
         """
-        # None comes twice. Where the square rounds to at most i, the timestep is i, and the one for i + 1 is larger.
-        # Where it rounds to more, n_T / steps^2 > 1 / i, and the next square is larger by n_T (2 i + 1) / steps^2 > 2.
+        # max(i, ...) keeps the timesteps different. Where a square rounds to at most i, the timestep is i. Where it
+        # rounds to more, n_T / steps^2 > 1 / i, and the next square is larger by n_T (2 i + 1) / steps^2 > 2.
         return [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
 
     @torch.no_grad()
@@ -223,7 +222,7 @@ class DDPM(nn.Module):
         eta: in 0 .. 1. 1 is DDPM, with the variance of its eq. 7. + 0 is DDIM, which adds no noise during sampling;
         numbers between mix both (eq. 16 there).
         generator: a CPU generator, so that a seed means the same noise on every device.
-        Raises UserError, with the first image, if c, steps or eta is out of range.
+        Raises UserError, when the first image is asked for, if c, steps or eta is out of range.
         """
         steps = self.n_T if steps is None else steps
         c = torch.as_tensor(c).reshape(-1)
@@ -241,7 +240,7 @@ class DDPM(nn.Module):
             v = self.guided_v(x, c, t, guide_w)
             # Algorithm 2 goes from eps directly to x_s. Here x_0 is estimated first, so that it can be clipped.
             x_0 = sqrt(abar_t) * x - sqrt(1 - abar_t) * v  # from eq. 4 and the definition of v
-            x_0 = x_0.clamp(-1, 1)  # +
+            x_0 = x_0.clamp(-1, 1)  # + clipping
             eps = (x - sqrt(abar_t) * x_0) / sqrt(1 - abar_t)  # eq. 4, solved for eps, with the clipped x_0
             # DDIM, eq. 12 and 16, where alpha stands for alphabar. With eta = 1 this is DDPM, eq. 6 and 7, with x_t
             # written in x_0 and eps. At s = 0, sigma = 0: no noise in the last step (algorithm 2, line 3).
@@ -298,7 +297,7 @@ def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
 
 def write_state(path: str | Path, state: dict) -> None:
     """torch.save, atomically. Raises OSError."""
-    buffer = io.BytesIO()  # as on a full disk, torch.save would raise RuntimeError
+    buffer = io.BytesIO()  # because on a full disk, torch.save raises RuntimeError
     torch.save(state, buffer)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
@@ -329,22 +328,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp") as folder:
-        temporary = Path(folder, Path(path).name)
+        temporary = Path(folder, Path(path).name)  # the suffix tells Pillow the format
         yield temporary
         os.replace(temporary, target)
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
-    """Images [N,1,28,28] in [0, 1] -> a grey picture of 8 bits, row by row, with 2 black pixels around each.
+    """Images [N,1,28,28] in [0, 1] -> an 8-bit grey picture, row by row, with 2 black pixels around each.
 
     Each pixel becomes scale x scale. This is the geometry of torchvision's make_grid(padding=2).
     """
-    columns = min(columns, len(images))
     rows = ceil(len(images) / columns)
     side = images.shape[-1] + 2
     grid = Image.new("L", (side * columns + 2, side * rows + 2))
-    for i, pixels in enumerate((images[:, 0] * 255).round().to(torch.uint8).cpu().numpy()):
-        grid.paste(Image.fromarray(pixels), (side * (i % columns) + 2, side * (i // columns) + 2))
+    pixels = (images[:, 0] * 255).round().to(torch.uint8).cpu().numpy()
+    for i, tile in enumerate(pixels):
+        grid.paste(Image.fromarray(tile), (side * (i % columns) + 2, side * (i // columns) + 2))
     return grid.resize((scale * grid.width, scale * grid.height), Image.NEAREST)
 
 
@@ -375,7 +374,7 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse says: invalid int value: '2.5'
+    parse.__name__ = kind.__name__  # the name in argparse's message: invalid int value: '2.5'
     return parse
 
 

@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add("--eta", type=number(float, 0, 1), default=1.0, help="1 is DDPM, 0 is DDIM (default: %(default)s)")
     add("--seed", type=number(int, 0, N_SEEDS - 1), default=secrets.randbelow(N_SEEDS), help="(default: a new one)")
     add("--scale", type=number(int, 1, 64), default=4, help="size of a pixel in the picture (default: %(default)s)")
-    weights = WEIGHTS if WEIGHTS.exists() else Path(__file__).resolve().parent / WEIGHTS
+    weights = WEIGHTS if WEIGHTS.exists() else Path(__file__).resolve().parent / WEIGHTS  # beside this script
     add("--weights", type=os.path.expanduser, default=str(weights), help="made by train_ddpm.py (default: %(default)s)")
     add("--outdir", type=os.path.expanduser, default="generated_outputs", help="for pictures (default: %(default)s)")
     add("--device", type=ddpm_model.pick_device, default="auto", help="cpu, cuda ... (default: a GPU, if there is one)")
@@ -63,7 +63,7 @@ def draw_grids(ddpm: DDPM, args: argparse.Namespace) -> None:
     for digit in args.digit:
         torch.manual_seed(10 * args.seed + digit)
         batches = torch.full((args.count,), digit).split(BATCH_SIZE)
-        digits = torch.cat([draw(ddpm, c, args, shown=[0])[0] for c in batches])
+        digits = torch.cat([draw(ddpm, c, args, shown=[0])[0] for c in batches])  # x_0
         path = Path(args.outdir, f"digit_{digit}_grid.png")
         with ddpm_model.atomic_write(path) as temporary:
             ddpm_model.image_grid(digits, columns, args.scale).save(temporary)
@@ -72,7 +72,7 @@ def draw_grids(ddpm: DDPM, args: argparse.Namespace) -> None:
 
 def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
     """Draws digits 0 to 9, and makes a video (VP9 in MP4) and a GIF of some of the steps."""
-    os.environ |= {"OPENCV_LOG_LEVEL": "SILENT", "OPENCV_FFMPEG_LOGLEVEL": "-8"}
+    os.environ |= {"OPENCV_LOG_LEVEL": "SILENT", "OPENCV_FFMPEG_LOGLEVEL": "-8"}  # OpenCV must not print
     import cv2  # here, so that grids can be drawn without it
 
     torch.manual_seed(args.seed)
@@ -84,14 +84,14 @@ def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
     frames = []
     for t in shown:
         grid = ddpm_model.image_grid(images[t], columns=5, scale=scale)
-        frame = np.pad(grid, ((0, 12 * scale), (0, 0)))  # room for a line of text
+        frame = np.pad(np.asarray(grid), ((0, 12 * scale), (0, 0)))  # room for a line of text
         frames.append(cv2.putText(frame, f"t = {t}", (2 * scale, 71 * scale), cv2.FONT_HERSHEY_SIMPLEX, scale / 4, 255))
 
     path = Path(args.outdir, "denoising_process_0to9.mp4")
     video = frames + frames[-1:] * 2 * FPS
     with ddpm_model.atomic_write(path) as temporary:
         codec = cv2.VideoWriter_fourcc(*"vp09")
-        writer = cv2.VideoWriter(str(temporary), codec, FPS, frame.shape[::-1], isColor=False)
+        writer = cv2.VideoWriter(str(temporary), codec, FPS, frames[0].shape[::-1], isColor=False)
         for frame in video:
             writer.write(frame)
         writer.release()
@@ -112,9 +112,8 @@ def main() -> None:
     ddpm = ddpm_model.load_ddpm(args.weights, args.device)
     args.steps = args.steps or ddpm.n_T
     os.makedirs(args.outdir, exist_ok=True)  # before the drawing, so that an error comes at once
-    # A thread for each 16 images: with fewer images, threads mostly wait for each other.
-    n_images = N_CLASSES if args.video else min(args.count, BATCH_SIZE)
-    torch.set_num_threads(min(torch.get_num_threads(), 1 + n_images // 16))
+    # One thread, and one more for every 16 images: with fewer images, threads mostly wait for each other.
+    torch.set_num_threads(min(torch.get_num_threads(), 1 + args.count // 16))
     draw_pictures = draw_video if args.video else draw_grids
     draw_pictures(ddpm, args)
 

@@ -32,6 +32,7 @@ def main() -> None:
         path = Path(args.output)
         target = path.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        # As ddpm_model.atomic_write, without the seconds that importing torch takes.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp") as folder:
             temporary = Path(folder, path.name)
             sheet.save(temporary)

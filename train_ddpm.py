@@ -32,10 +32,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--drop-prob", type=number(float, 0, 0.99), default=0.1, help="how often the class is hidden")
     add("--n-feat", type=number(int, 1, 256), default=32, help="channels at 14x14; at 7x7, three times as many")
     add("--n-T", type=number(int, 1, 10_000), default=400, help="number of timesteps")
-    add("--data-dir", type=os.path.expanduser, default="data", help="has MNIST/raw, or gets it")
+    add("--data-dir", type=os.path.expanduser, default="data", help="folder of MNIST; downloaded if missing")
     add("--weights", type=os.path.expanduser, default="weights/ddpm_mnist.pth", help="written at each save")
     add("--save-every", type=number(int, 1, 10**6), default=5, help="epochs between saves")
-    add("--seed", type=number(int, 0, 10**9), default=0, help="of all random numbers")
+    add("--seed", type=number(int, 0, 10**9), default=0, help="seed of all random numbers")
     add("--device", type=ddpm_model.pick_device, default="auto", help="cpu, cuda, ...; auto is the GPU if there is one")
     add("--resume", action="store_true", help="go on from the last save of --weights, with the options of that run")
     return parser
@@ -57,12 +57,12 @@ def load_mnist(data_dir: str, device: torch.device) -> tuple[torch.Tensor, torch
 
 def autocast(device: torch.device) -> torch.autocast:
     """Where the hardware computes in bfloat16, multiplications use it (Kalamkar et al. 2019, arXiv:1905.12322)."""
-    native = False
+    has_bfloat16 = False
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.4 does not have it
-        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast("cuda" if device.type == "cuda" else "cpu", torch.bfloat16, enabled=native)
+        has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast("cuda" if device.type == "cuda" else "cpu", torch.bfloat16, enabled=has_bfloat16)
 
 
 def learning_rate(step: int, n_steps: int, peak: float) -> float:
@@ -87,7 +87,7 @@ def main() -> None:
     rank = int(os.environ["RANK"]) if torchrun else 0
     world = int(os.environ["WORLD_SIZE"]) if torchrun else 1
     if torchrun and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
     args = make_parser().parse_args()
     state_file = f"{args.weights}.train"
@@ -102,7 +102,7 @@ def main() -> None:
         dist.barrier()  # until rank 0 has downloaded
     images, labels = load_mnist(args.data_dir, args.device)
     if torchrun and rank == 0:
-        dist.barrier()
+        dist.barrier()  # the others go on
     # A resumed run must have the network and the data of the run before.
     run = {"n_feat": args.n_feat, "n_T": args.n_T, "images": len(images), "sum of pixels": images.sum().item()}
     if args.resume and run != run_then:
@@ -112,6 +112,7 @@ def main() -> None:
         raise UserError(f"--batch-size must be at most {len(images)} (images) and a multiple of {world} (processes)")
 
     torch.manual_seed(args.seed)
+    # channels_last: convolutions are faster with it.
     ddpm = DDPM(ContextUnet(args.n_feat), args.n_T, args.drop_prob).to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(ddpm).requires_grad_(False)  # the average of the weights over the last steps
     # fused: one operation for all weights; torch 2.4 has it on these devices, not on MPS.
@@ -123,9 +124,11 @@ def main() -> None:
     if rank == 0:
         if args.resume:
             ddpm_model.save_weights(args.weights, ema)  # the file may be missing, or of another save
-            print(f"going on after epoch {epochs_done}; with more --epochs than before, the learning rate rises again")
+            print(f"continuing after epoch {epochs_done}")
+            if args.epochs > options["epochs"]:
+                print("more epochs than before: the learning rate rises again")
         elif os.path.exists(args.weights) or os.path.exists(state_file):
-            print(f"the first save replaces {args.weights} and {state_file} (if it exists, --resume goes on with it)")
+            print(f"the first save replaces the files of {args.weights}; to continue a stopped run, use --resume")
         print(f"{len(images):,} images, {args.epochs} epochs of {n_batches} steps, on {world} x {args.device.type}")
     model = torch.nn.parallel.DistributedDataParallel(ddpm) if torchrun else ddpm  # averages the gradients
 
@@ -156,11 +159,11 @@ def main() -> None:
             if rank == 0 and i % 20 == 0 and sys.stderr.isatty():  # reading the loss waits for the GPU
                 ddpm_model.show_progress(report(epoch, args.epochs, (i + 1) / n_batches, total.item() / (i + 1), start))
 
+        ddpm_model.show_progress("")
         mean_loss = total.item() / n_batches
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is {mean_loss} in epoch {epoch}; a lower --lr may help")
         if rank == 0:
-            ddpm_model.show_progress("")
             print(report(epoch, args.epochs, 1, mean_loss, start), flush=True)
             if epoch % args.save_every == 0 or epoch == args.epochs:
                 save(args, run, epoch, parts)
@@ -178,14 +181,13 @@ def save(args: argparse.Namespace, run: dict, epoch: int, parts: dict) -> None:
     states = {name: part.state_dict() for name, part in parts.items()}
     ema = parts["ema"]
     digits = ema.sample(6 * list(range(N_CLASSES)), steps=min(50, ema.n_T), generator=torch.Generator().manual_seed(0))
-    preview = ddpm_model.image_grid(digits, columns=N_CLASSES, scale=3)
     try:
         state = {"options": options, "run": run, "epoch": epoch, "parts": states}
         ddpm_model.write_state(f"{args.weights}.train", state)
         ddpm_model.save_weights(args.weights, ema)
         with ddpm_model.atomic_write(f"{args.weights}.epoch_{epoch:02d}.png") as temporary:
-            preview.save(temporary)
-        print(f"saved {args.weights}; --resume goes on from here", flush=True)
+            ddpm_model.image_grid(digits, columns=N_CLASSES, scale=3).save(temporary)
+        print(f"saved {args.weights}; --resume continues from here", flush=True)
     except OSError as error:
         if epoch == args.epochs:
             raise

@@ -102,9 +102,7 @@ def test_both_languages_say_the_same():
     """Commands, code and rows of figures."""
 
     def facts(text: str) -> list[str]:
-        commands = [
-            line.split("#")[0].strip() for line in re.findall(r"^(?:python3?|pip|mv) .*", text, flags=re.M)
-        ]
+        commands = [line.split("#")[0].strip() for line in re.findall(r"^(?:python3?|pip|mv) .*", text, flags=re.M)]
         code = re.findall(r"^(?:from|ddpm|digits|save_image).*?(?=$|  #)", text, flags=re.M)
         rows = [re.sub(r"^\|[^|]*", "", row) for row in re.findall(r"^\|.*\d %.*", text, flags=re.M)]
         return commands + code + rows

@@ -207,7 +207,7 @@ def test_resume_is_exact(workdir, tmp_path_factory, call, monkeypatch):
     assert_saved(workdir, 6)
     monkeypatch.setattr(train_ddpm, "autocast", lambda device: contextlib.nullcontext())
     result = call(workdir, *RESUME)
-    assert result.returncode == 0 and "going on after epoch 6" in result.stdout, result.stderr
+    assert result.returncode == 0 and "continuing after epoch 6" in result.stdout, result.stderr
     whole = fill(tmp_path_factory.mktemp("whole"))
     assert call(whole, "train_ddpm.py", *options).returncode == 0
     stopped, straight = (read_state(folder / STATE) for folder in (workdir, whole))
@@ -250,8 +250,8 @@ def test_ends_early(workdir, monkeypatch, train, end, steps, saved):
         assert_one_line_error(result, "nan", f"epoch {saved + 1}", "--lr")
     else:
         assert result.returncode == 130 and result.stderr == "\nstopped\n"
-    assert result.stdout.count("--resume goes on from here") == saved
-    assert result.stdout.startswith(f"the first save replaces {WEIGHTS} and")
+    assert result.stdout.count("--resume continues from here") == saved
+    assert result.stdout.startswith(f"the first save replaces the files of {WEIGHTS}; ")
     assert_saved(workdir, saved)
     assert ((workdir / WEIGHTS).read_bytes() == b"precious") == (saved == 0)
 
@@ -283,7 +283,7 @@ def test_a_save_fails(workdir, monkeypatch, train, name, saved, epochs):
         assert_one_line_error(result, "Operation not permitted")
         assert_saved(workdir, saved)
     else:
-        assert result.returncode == 0 and result.stdout.count("--resume goes on from here") == 1
+        assert result.returncode == 0 and result.stdout.count("--resume continues from here") == 1
         assert "warning: the save of epoch 1 failed: [Errno 1] Operation not permitted" in result.stdout
         assert_saved(workdir, 2)
         load_ddpm(workdir / WEIGHTS)
@@ -309,7 +309,9 @@ def test_files_of_a_run(workdir, train):
     assert {path.name for path in workdir.iterdir()} == before | {"out"}
     assert {path.name for path in (workdir / "out").iterdir()} == {"a.pth", "a.pth.train", "a.pth.epoch_01.png"}
     result = train(workdir, "--weights", "out/a.pth", "--epochs", "1")
-    assert result.stdout.startswith("the first save replaces out/a.pth and out/a.pth.train (if it exists, --resume")
+    assert result.stdout.startswith(
+        "the first save replaces the files of out/a.pth; to continue"
+    )
 
 
 def test_states_are_not_shared(workdir, train):
@@ -330,7 +332,8 @@ def test_nothing_left(workdir, train, call, found):
         if isinstance(found, bytes):
             (workdir / WEIGHTS).write_bytes(found)
         result = call(workdir, *RESUME, *epochs)
-        assert result.returncode == 0 and "going on after epoch 2; with more --epochs" in result.stdout
+        assert result.returncode == 0 and "continuing after epoch 2" in result.stdout
+        assert "the learning rate rises" not in result.stdout
         assert (workdir / WEIGHTS).read_bytes() == weights
     result = call(workdir, *RESUME, "--epochs", "3")
     assert len(losses(result.stdout)) == 1 and "the learning rate rises again" in result.stdout
@@ -563,6 +566,7 @@ def test_each_process_takes_its_gpu(monkeypatch):
     """Before any GPU is used, so that none has work of all processes."""
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     for name, value in {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "3", "RANK": "7", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
