@@ -32,13 +32,17 @@ from tests.digit_classifier import judge, load_classifier
 SCALE = 4  # pixels of a picture for one of a digit, in each direction
 FONT_SIZE = 64  # README shows the pictures at half of their width; a phone shows them at a quarter
 LABEL_WIDTH = 320
+GAP = 80  # between the columns of estimates.png
 GUIDED_CLASS = 8  # of guidance.png
-PREVIEW_ROW = 5  # the row of the previews that learning.png shows
+PREVIEW_ROW = 2  # the row of the previews that learning.png shows
 ALL = torch.arange(N_CLASSES)
 
 
 def labelled(rows: list[tuple[str, np.ndarray | None]]) -> Image.Image:
-    """Pictures, uint8 [height, width], one under another, each with its label on the left. A label alone is a title."""
+    """Pictures, uint8 [height, width], one under another, each with its label on the left.
+
+    A label without a picture is a title. "|" divides it into titles of columns.
+    """
     width = LABEL_WIDTH + max(pixels.shape[1] for _, pixels in rows if pixels is not None)
     heights = [2 * FONT_SIZE if pixels is None else len(pixels) for _, pixels in rows]
     picture = Image.new("L", (width, sum(heights)))
@@ -48,7 +52,10 @@ def labelled(rows: list[tuple[str, np.ndarray | None]]) -> Image.Image:
     for (label, pixels), height in zip(rows, heights):
         middle = top + height // 2
         if pixels is None:
-            draw.text(((LABEL_WIDTH + width) // 2, middle), label, fill=255, font=font, anchor="mm")
+            titles = label.split("|")
+            for i, title in enumerate(titles):
+                centre = LABEL_WIDTH + (width - LABEL_WIDTH) * (2 * i + 1) // (2 * len(titles))
+                draw.text((centre, middle), title, fill=255, font=font, anchor="mm")
         else:
             draw.text((LABEL_WIDTH - 20, middle), label, fill=255, font=font, anchor="rm")
             picture.paste(Image.fromarray(pixels), (LABEL_WIDTH, top))
@@ -91,15 +98,15 @@ def estimates(ddpm: DDPM, seed: int) -> Image.Image:
         v = guided_v(x_t, c, t, guide_w)
         alphabar = ddpm.alphabar[t]
         x_0 = alphabar.sqrt() * x_t - (1 - alphabar).sqrt() * v
-        shown[t] = row(to_image(torch.cat([x_t[2:7], x_0[2:7]])))
+        noisy, clean = (row(to_image(x[2:7])) for x in (x_t, x_0))
+        shown[t] = np.hstack([noisy, np.zeros_like(noisy[:, :GAP]), clean])
         return v
 
     ddpm.guided_v = remember
     draw(ddpm, seed)
     del ddpm.guided_v
     timesteps = [max(t, 1) for t in reversed(eighths(ddpm))]
-    title = ("noisy digits           clean, as estimated", None)
-    return labelled([title] + [(f"t = {t}", shown[t]) for t in timesteps])
+    return labelled([("noisy digits|clean, as estimated", None)] + [(f"t = {t}", shown[t]) for t in timesteps])
 
 
 def guidance(ddpm: DDPM, seed: int) -> Image.Image:

@@ -15,7 +15,7 @@ from PIL import Image
 import ddpm_model
 import inference_ddpm
 from ddpm_model import DDPM, N_CLASSES, ContextUnet, image_grid, load_ddpm, save_weights
-from tests import evaluate
+from tests import evaluate, figures
 from tests.conftest import PROJECT, SMALL_RUN, TOO_LONG, assert_one_line_error, file_limit, link, run
 from tests.digit_classifier import judge, load_classifier
 
@@ -402,9 +402,10 @@ def test_figures(quick, call):
     assert call(quick, "tests.figures", "--weights", "small.pth", "--outdir", "new", "--learning").returncode == 0
     sizes = {path.stem: pixels(path).shape for path in (quick / "new").iterdir()}
     n_rows = {"noise_levels": 9, "estimates": 10, "guidance": 4, "steps": 10, "learning": 4}
-    assert sizes == {name: (128 * rows, 320 + 4 * 302) for name, rows in n_rows.items()}
+    widths = dict.fromkeys(n_rows, 4 * 302) | {"estimates": 2 * 4 * 152 + figures.GAP}
+    assert sizes == {name: (128 * rows, 320 + widths[name]) for name, rows in n_rows.items()}
     row = pixels(quick / "new" / "learning.png")[128:256, 320:]
-    assert (row[::4, ::4] == np.array(preview)[::3, ::3][150:182]).all()
+    assert (row[::4, ::4] == np.array(preview)[::3, ::3][30 * figures.PREVIEW_ROW :][:32]).all()
 
 
 # ---- What is shipped

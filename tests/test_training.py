@@ -309,9 +309,7 @@ def test_files_of_a_run(workdir, train):
     assert {path.name for path in workdir.iterdir()} == before | {"out"}
     assert {path.name for path in (workdir / "out").iterdir()} == {"a.pth", "a.pth.train", "a.pth.epoch_01.png"}
     result = train(workdir, "--weights", "out/a.pth", "--epochs", "1")
-    assert result.stdout.startswith(
-        "the first save replaces the files of out/a.pth; to continue"
-    )
+    assert result.stdout.startswith("the first save replaces the files of out/a.pth; to continue")
 
 
 def test_states_are_not_shared(workdir, train):
