@@ -115,7 +115,7 @@ def main() -> None:
     # channels_last: convolutions are faster with it.
     ddpm = DDPM(ContextUnet(args.n_feat), args.n_T, args.drop_prob).to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(ddpm).requires_grad_(False)  # the average of the weights over the last steps
-    # fused: one operation for all weights; torch 2.4 has it on these devices, not on MPS.
+    # AdamW is the Adam of the paper, with weight decay. fused: one operation for all weights; not on MPS in torch 2.4.
     optimizer = torch.optim.AdamW(ddpm.parameters(), fused=args.device.type in ("cpu", "cuda"))
     parts = {"ddpm": ddpm, "ema": ema, "optimizer": optimizer}
     if args.resume:
