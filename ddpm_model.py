@@ -340,7 +340,7 @@ def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
     """
     rows = ceil(len(images) / columns)
     side = images.shape[-1] + 2
-    grid = Image.new("L", (side * columns + 2, side * rows + 2))
+    grid = Image.new("L", (side * min(columns, len(images)) + 2, side * rows + 2))
     pixels = (images[:, 0] * 255).round().to(torch.uint8).cpu().numpy()
     for i, tile in enumerate(pixels):
         grid.paste(Image.fromarray(tile), (side * (i % columns) + 2, side * (i // columns) + 2))

@@ -76,12 +76,12 @@ def file_limit(n_bytes: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def start(cwd: Path, *command: str, stdout: int = subprocess.PIPE, **env: str) -> subprocess.Popen:
+def start(cwd: Path, *command: str, **env: str) -> subprocess.Popen:
     """Starts `python command...` in cwd, with its output in pipes."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=cwd, encoding="utf-8",
         env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"} | env,
-        stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 

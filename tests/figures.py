@@ -92,20 +92,21 @@ def noise_levels(ddpm: DDPM, seed: int) -> Image.Image:
 
 def estimates(ddpm: DDPM, seed: int) -> Image.Image:
     """x_t and the estimate of x_0 at nine timesteps, while digits are drawn: five of those of noise_levels."""
+    timesteps = [max(t, 1) for t in reversed(eighths(ddpm))]
     guided_v, shown = ddpm.guided_v, {}
 
     def remember(x_t: Tensor, c: Tensor, t: int, guide_w: float) -> Tensor:
         v = guided_v(x_t, c, t, guide_w)
-        alphabar = ddpm.alphabar[t]
-        x_0 = alphabar.sqrt() * x_t - (1 - alphabar).sqrt() * v
-        noisy, clean = (row(to_image(x[2:7])) for x in (x_t, x_0))
-        shown[t] = np.hstack([noisy, np.zeros_like(noisy[:, :GAP]), clean])
+        if t in timesteps:
+            alphabar = ddpm.alphabar[t]
+            x_0 = alphabar.sqrt() * x_t - (1 - alphabar).sqrt() * v
+            noisy, clean = (row(to_image(x[2:7])) for x in (x_t, x_0))
+            shown[t] = np.hstack([noisy, np.zeros_like(noisy[:, :GAP]), clean])
         return v
 
     ddpm.guided_v = remember
     draw(ddpm, seed)
     del ddpm.guided_v
-    timesteps = [max(t, 1) for t in reversed(eighths(ddpm))]
     return labelled([("noisy digits|clean, as estimated", None)] + [(f"t = {t}", shown[t]) for t in timesteps])
 
 

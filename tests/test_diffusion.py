@@ -398,7 +398,7 @@ def test_what_is_nearly_black_or_white_becomes_so():
     torch.testing.assert_close(to_image(x), torch.tensor([0, 0, 0, 0.025, 0.5, 0.975, 1, 1, 1]))
 
 
-@pytest.mark.parametrize(("n", "columns"), [(1, 1), (9, 3), (7, 3), (10, 5)])
+@pytest.mark.parametrize(("n", "columns"), [(1, 1), (9, 3), (7, 3), (10, 5), (2, 5)])
 def test_grid_has_the_geometry_of_torchvision(n, columns):
     from torchvision.utils import make_grid
 
