@@ -5,15 +5,20 @@ and recall; its logits say whether a drawn digit is the one that was asked for.
 
     python -m tests.digit_classifier          # retrain, and redo the features of real images -> tests/fixtures
 
-The committed fixtures were made by that command, which printed an accuracy of 99.71 % on the MNIST test set.
+The committed classifier has an accuracy of 99.71 % on the MNIST test set.
 """
 
 import argparse
+import os
+from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ddpm_model import one_line_errors
 
 FIXTURE = Path(__file__).parent / "fixtures" / "digit_classifier.pth"
 
@@ -66,40 +71,46 @@ def augment(x: Tensor) -> Tensor:
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the digit classifier that judges drawn digits.")
-    parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    from torchvision.datasets import MNIST  # only training needs the data set
-
-    from tests import evaluate
-
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, test = (MNIST(args.data_dir, train=split, download=True) for split in (True, False))
-    classifier = DigitClassifier().to(device)
+def train(classifier: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int, lr: float, change: Callable) -> None:
+    """Trains a classifier on images x [N,1,28,28] of classes y [N]. change alters each batch of images."""
+    device = classifier.head.weight.device
+    n_batches = ceil(len(x) / batch)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
-    steps = args.epochs * (len(train.data) // args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
-    for epoch in range(1, args.epochs + 1):
-        classifier.train()
-        order = torch.randperm(len(train.data))
-        for index in order[: steps // args.epochs * args.batch_size].split(args.batch_size):
-            x = train.data[index].to(device)[:, None] / 255
-            loss = F.cross_entropy(classifier(augment(x)), train.targets[index].to(device))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * n_batches)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x)).tensor_split(n_batches):
+            logits = classifier(change(x[index].to(device)))
+            loss = F.cross_entropy(logits, y[index].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        _, digits = judge(classifier.eval(), test.data[:, None] / 255)
-        accuracy = (digits == test.targets).double().mean()
-        print(f"epoch {epoch:2d}  loss {loss.item():.4f}  accuracy on the MNIST test set {accuracy:.2%}", flush=True)
-    torch.save({name: tensor.cpu() for name, tensor in classifier.state_dict().items()}, FIXTURE)
-    torch.save(evaluate.real_features(args.data_dir), evaluate.FIXTURE)
+    classifier.eval()
+
+
+@one_line_errors()
+def main() -> None:
+    from tests import evaluate  # which imports this module
+
+    parser = argparse.ArgumentParser(description="Train the digit classifier that judges drawn digits.")
+    parser.add_argument("--data-dir", type=os.path.expanduser, default="data", help="folder of MNIST")
+    data_dir = parser.parse_args().data_dir
+    images, labels = evaluate.load(data_dir, train=True)
+    test_images, test_labels = evaluate.load(data_dir, train=False)
+
+    torch.manual_seed(0)
+    classifier = DigitClassifier().to("cuda" if torch.cuda.is_available() else "cpu")
+    train(classifier, images, labels, epochs=16, batch=128, lr=1e-2, change=augment)
+    torch.save(classifier.cpu().state_dict(), FIXTURE)
+
+    some = evaluate.first_of_each_class(labels, 500)
+    real = {}
+    for name, x, y in (("test", test_images, test_labels), ("train", images[some], labels[some])):
+        features, digits = judge(classifier, x)
+        print(f"accuracy on {len(y)} {name} images {(digits == y).double().mean():.2%}")
+        real[name] = features.half()  # halves the fixture; figures change in the fourth digit
+        real[f"{name}_labels"], real[f"{name}_predicted"] = y.byte(), digits.byte()
+    torch.save(real, evaluate.FIXTURE)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,60 @@
-"""Draws the pictures that README explains the model with, from the shipped weights, into generated_outputs.
+"""Draws the pictures that README explains the model with, into generated_outputs. They need MNIST.
 
-python -m tests.figures --seed 3              # noise_levels.png, estimates.png, guidance.png, steps.png
-python train_ddpm.py --save-every 1           # the previews of a training run, for:
-python -m tests.figures --learning            # learning.png
+python -m tests.figures --seed 6              # all but learning.png, with the shipped weights
+python -m tests.figures --learning            # learning.png; trains for 30 epochs
 """
 
 import argparse
+import itertools
 import os
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ddpm_model import (
-    DDPM,
-    GUIDE_W,
-    N_CLASSES,
-    ContextUnet,
-    UserError,
-    atomic_write,
-    image_grid,
-    load_ddpm,
-    number,
-    one_line_errors,
-    to_image,
-)
+import ddpm_model
+import train_ddpm
+from ddpm_model import DDPM, N_CLASSES, ContextUnet, atomic_write, image_grid, load_ddpm, number, one_line_errors
 from tests.digit_classifier import judge, load_classifier
+from tests.evaluate import load, random_of_each_class
 
 SCALE = 4  # pixels of a picture for one of a digit, in each direction
 FONT_SIZE = 64  # README shows the pictures at half of their width; a phone shows them at a quarter
 LABEL_WIDTH = 320
 GAP = 80  # between the columns of estimates.png
 GUIDED_CLASS = 8  # of guidance.png
-PREVIEW_ROW = 2  # the row of the previews that learning.png shows
+LEARNING = {1: "step 1", 50: "step 50", 100: "step 100", 300: "step 300", 937: "epoch 1", 28110: "epoch 30"}
 ALL = torch.arange(N_CLASSES)
 
 
-def labelled(rows: list[tuple[str, np.ndarray | None]]) -> Image.Image:
+def labelled(rows: list[tuple[str, np.ndarray | str]]) -> Image.Image:
     """Pictures, uint8 [height, width], one under another, each with its label on the left.
 
-    A label without a picture is a title. "|" divides it into titles of columns.
+    In place of a picture there can be a line of text. "|" divides it into columns.
     """
-    width = LABEL_WIDTH + max(pixels.shape[1] for _, pixels in rows if pixels is not None)
-    heights = [2 * FONT_SIZE if pixels is None else len(pixels) for _, pixels in rows]
+    width = LABEL_WIDTH + max(content.shape[1] for _, content in rows if not isinstance(content, str))
+    heights = [2 * FONT_SIZE if isinstance(content, str) else len(content) for _, content in rows]
     picture = Image.new("L", (width, sum(heights)))
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=FONT_SIZE)
     top = 0
-    for (label, pixels), height in zip(rows, heights):
+    for (label, content), height in zip(rows, heights):
         middle = top + height // 2
-        if pixels is None:
-            titles = label.split("|")
-            for i, title in enumerate(titles):
-                centre = LABEL_WIDTH + (width - LABEL_WIDTH) * (2 * i + 1) // (2 * len(titles))
-                draw.text((centre, middle), title, fill=255, font=font, anchor="mm")
+        draw.text((LABEL_WIDTH - 20, middle), label, fill=255, font=font, anchor="rm")
+        if isinstance(content, str):
+            texts = content.split("|")
+            for i, text in enumerate(texts):
+                centre = LABEL_WIDTH + (width - LABEL_WIDTH) * (2 * i + 1) // (2 * len(texts))
+                draw.text((centre, middle), text, fill=255, font=font, anchor="mm")
         else:
-            draw.text((LABEL_WIDTH - 20, middle), label, fill=255, font=font, anchor="rm")
-            picture.paste(Image.fromarray(pixels), (LABEL_WIDTH, top))
+            picture.paste(Image.fromarray(content), (LABEL_WIDTH, top))
         top += height
     return picture
 
@@ -73,26 +69,23 @@ def draw(ddpm: DDPM, seed: int, c: Tensor = ALL, **options) -> Tensor:
     return ddpm.sample(c, generator=torch.Generator().manual_seed(seed), **options)
 
 
-def eighths(ddpm: DDPM) -> list[int]:
-    """Nine timesteps, 0, n_T / 8, ..., n_T."""
-    return [ddpm.n_T * i // 8 for i in range(9)]
-
-
-def noise_levels(ddpm: DDPM, seed: int) -> Image.Image:
-    """Digits at nine timesteps of the forward process (Ho et al. 2020, eq. 4)."""
-    x_0 = 2 * draw(ddpm, seed) - 1
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
+def noise_levels(ddpm: DDPM, seed: int, digits: Tensor) -> Image.Image:
+    """Ten digits at nine timesteps of the forward process (Ho et al. 2020, eq. 4)."""
+    x_0 = 2 * digits - 1
+    generator = torch.Generator().manual_seed(seed)
     rows = []
-    for t in eighths(ddpm):
+    for i in range(9):
+        t = ddpm.n_T * i // 8
         alphabar = ddpm.alphabar[t]
+        eps = torch.randn(x_0.shape, generator=generator)
         x_t = alphabar.sqrt() * x_0 + (1 - alphabar).sqrt() * eps
-        rows.append((f"t = {t}", row(to_image(x_t))))
+        rows.append((f"t = {t}", row(ddpm_model.to_image(x_t))))
     return labelled(rows)
 
 
 def estimates(ddpm: DDPM, seed: int) -> Image.Image:
-    """x_t and the estimate of x_0 at nine timesteps, while digits are drawn: five of those of noise_levels."""
-    timesteps = [max(t, 1) for t in reversed(eighths(ddpm))]
+    """x_t and the estimate of x_0 at nine timesteps, while five digits are drawn."""
+    timesteps = [max(ddpm.n_T * i // 8, 1) for i in range(8, -1, -1)]
     guided_v, shown = ddpm.guided_v, {}
 
     def remember(x_t: Tensor, c: Tensor, t: int, guide_w: float) -> Tensor:
@@ -100,14 +93,14 @@ def estimates(ddpm: DDPM, seed: int) -> Image.Image:
         if t in timesteps:
             alphabar = ddpm.alphabar[t]
             x_0 = alphabar.sqrt() * x_t - (1 - alphabar).sqrt() * v
-            noisy, clean = (row(to_image(x[2:7])) for x in (x_t, x_0))
+            noisy, clean = (row(ddpm_model.to_image(x[2:7])) for x in (x_t, x_0))
             shown[t] = np.hstack([noisy, np.zeros_like(noisy[:, :GAP]), clean])
         return v
 
     ddpm.guided_v = remember
     draw(ddpm, seed)
     del ddpm.guided_v
-    return labelled([("noisy digits|clean, as estimated", None)] + [(f"t = {t}", shown[t]) for t in timesteps])
+    return labelled([("", "noisy digits|clean, as estimated")] + [(f"t = {t}", shown[t]) for t in timesteps])
 
 
 def guidance(ddpm: DDPM, seed: int) -> Image.Image:
@@ -115,7 +108,7 @@ def guidance(ddpm: DDPM, seed: int) -> Image.Image:
     c = torch.full((N_CLASSES,), GUIDED_CLASS)
     classifier = load_classifier()
     rows = []
-    for w in (0, GUIDE_W, 3, 10):
+    for w in (0, ddpm_model.GUIDE_W, 3, 10):
         digits = draw(ddpm, seed, c, guide_w=w)
         pixels = row(digits)
         _, seen = judge(classifier, digits)
@@ -130,42 +123,70 @@ def steps(ddpm: DDPM, seed: int) -> Image.Image:
     """The same noise in several numbers of steps, without fresh noise on the way (eta = 0) and with it (eta = 1)."""
     rows = []
     for eta, numbers in ((0, (ddpm.n_T, 50, 20, 5, 1)), (1, (ddpm.n_T, 50, 20))):
-        rows.append((f"eta = {eta}", None))
+        rows.append(("", f"eta = {eta}"))
         rows += [(f"{n} step" + "s" * (n > 1), row(draw(ddpm, seed, steps=n, eta=eta))) for n in numbers]
     return labelled(rows)
 
 
-def learning(weights: Path) -> Image.Image:
-    """A row of the previews of a training run, after that of an untrained network."""
-    torch.manual_seed(0)
-    c = ALL.repeat(PREVIEW_ROW + 1)
-    rows = [("epoch 0", row(draw(DDPM(ContextUnet()), 0, c, steps=50)[-N_CLASSES:]))]
-    for epoch in (1, 3, 30):
-        with Image.open(weights.with_name(f"{weights.name}.epoch_{epoch:02d}.png")) as preview:
-            grid = np.array(preview)[::3, ::3]  # previews have scale 3
-        pixels = grid[30 * PREVIEW_ROW : 30 * PREVIEW_ROW + 32]
-        rows.append((f"epoch {epoch}", pixels.repeat(SCALE, axis=0).repeat(SCALE, axis=1)))
+def copies(ddpm: DDPM, seed: int, train: Tensor, test: Tensor) -> Image.Image:
+    """Of 500 drawn digits the first of each class, above the nearest training images. Prints distances of all."""
+    drawn = draw(ddpm, seed, ALL.repeat(50), steps=50)
+    for name, images in (("test images", test), ("drawn digits", drawn)):
+        distance, nearest = torch.cdist(images.flatten(1), train.flatten(1)).min(dim=1)
+        low, median = distance.quantile(torch.tensor([0.01, 0.5])).tolist()
+        print(f"{len(images)} {name} to the nearest training image: median {median:.2f}, 1st percentile {low:.2f}")
+    first = slice(N_CLASSES)
+    distances = "|".join(f"{value:.1f}" for value in distance[first])
+    return labelled([("drawn", row(drawn[first])), ("nearest", row(train[nearest[first]])), ("distance", distances)])
+
+
+def learning(seed: int, data_dir: str) -> Image.Image:
+    """The same noise at several moments of a training with the default options, with the averaged weights."""
+    ddpm = DDPM(ContextUnet()).requires_grad_(False)
+    steps = itertools.count(1)
+    rows = []
+
+    def average(decay: float) -> Callable:
+        """Takes the place of torch's function, which train_ddpm.py calls once a step."""
+
+        def update(ema: list[Tensor], parameters: list[Tensor], _: None) -> None:
+            get_ema_multi_avg_fn(decay)(ema, parameters, None)
+            label = LEARNING.get(next(steps))
+            if label:
+                for mine, its in zip(ddpm.parameters(), ema):
+                    mine.copy_(its)
+                rows.append((label, row(draw(ddpm, seed, steps=50))))
+
+        return update
+
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["train_ddpm.py", "--data-dir", data_dir, "--weights", f"{folder}/ddpm.pth", "--save-every", "30"]
+        with mock.patch.object(train_ddpm, "get_ema_multi_avg_fn", average), mock.patch.object(sys, "argv", argv):
+            train_ddpm.main()
     return labelled(rows)
 
 
 @one_line_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Draw the pictures of README.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Draw the pictures of README.")
     add = parser.add_argument
     add("--weights", type=os.path.expanduser, default="weights/ddpm_mnist.pth", help="draw with these")
+    add("--data-dir", type=os.path.expanduser, default="data", help="folder of MNIST; downloaded if missing")
     add("--outdir", type=os.path.expanduser, default="generated_outputs", help="where the pictures go")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the noise")
-    add("--learning", action="store_true", help="learning.png alone, from the previews beside the weights")
+    add("--learning", action="store_true", help="learning.png alone: trains as train_ddpm.py does, keeps no weights")
     args = parser.parse_args()
     if args.learning:
-        pictures = {"learning": learning(Path(args.weights))}
+        pictures = {"learning": learning(args.seed, args.data_dir)}
     else:
         ddpm = load_ddpm(args.weights)
-        if ddpm.n_T < 50:
-            raise UserError(f"{args.weights} has {ddpm.n_T} timesteps; the pictures need at least 50")
-        pictures = {figure.__name__: figure(ddpm, args.seed) for figure in (noise_levels, estimates, guidance, steps)}
+        train, train_labels = load(args.data_dir, train=True)
+        test, test_labels = load(args.data_dir, train=False)
+        one_of_each = train[random_of_each_class(train_labels, 1)]
+        some = test[random_of_each_class(test_labels, 100)]
+        pictures = {figure.__name__: figure(ddpm, args.seed) for figure in (estimates, guidance, steps)}
+        pictures["noise_levels"] = noise_levels(ddpm, args.seed, one_of_each)
+        pictures["copies"] = copies(ddpm, args.seed, train, some)
     for name, picture in pictures.items():
         with atomic_write(Path(args.outdir, f"{name}.png")) as temporary:
             picture.save(temporary)

@@ -1,28 +1,27 @@
-"""The yardsticks of tests/evaluate.py, against closed forms."""
+"""The yardsticks of tests/evaluate.py, against closed forms, and the pictures of tests/figures.py."""
 
-import sys
-
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddpm_model import DDPM, ContextUnet, save_weights
-from tests import evaluate
-from tests.conftest import assert_one_line_error
-from tests.evaluate import (
-    FIXTURE,
-    figures,
-    first_of_each_class,
-    frechet_distance,
-    share_inside,
-    spread,
-    told_apart,
-)
+from tests import evaluate, figures
+from tests.conftest import assert_one_line_error, write_small_mnist
+from tests.evaluate import FIXTURE, first_of_each_class, frechet_distance, share_inside, spread, told_apart
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Has weights of a small untrained network, and ten bars of each class as MNIST."""
+    save_weights(tmp_path / "small.pth", DDPM(ContextUnet(n_feat=8), n_T=50))
+    write_small_mnist(tmp_path / "data", n_images=100)
+    return tmp_path
 
 
 def test_frechet_distance_of_gaussians():
     """Between N(m, s^2 I) and N(0, I) in d dimensions it is |m|^2 + d (s - 1)^2."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 200_000, 3, generator=generator, dtype=torch.float64)
+    a, b = torch.randn(2, 200_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(2 * a + torch.tensor([1.0, 2.0, 0.0]), b) == pytest.approx(5 + 3, rel=0.02)
 
@@ -38,9 +37,8 @@ def test_precision_and_recall_of_known_sets():
     line = torch.arange(100.0)[:, None]  # the third neighbour is 2 away, or 3 at the ends
     assert share_inside(line, line) == 1
     assert share_inside(torch.tensor([[50.5], [1000.0], [-2.5], [-4.0]]), line) == 0.5
-    half = line[:50]  # drawn from half of what is real: all precise, half recalled and a little beyond
-    assert share_inside(half, line) == 1
-    assert share_inside(line, half) == 0.53  # 50, 51 and 52 are within 3 of 49, the end
+    half = line[:50]  # of what is real: all precise, half recalled and 50, 51 and 52, within 3 of 49, the end
+    assert share_inside(half, line) == 1 and share_inside(line, half) == 0.53
 
 
 def test_spread():
@@ -53,26 +51,45 @@ def test_spread():
 @pytest.mark.parametrize(("brightness", "low", "high"), [(1.0, 0.35, 0.65), (0.5, 0.95, 1.0)])
 def test_two_sample_test(brightness, low, high):
     """Two sets from one distribution cannot be told apart, and sets of another brightness can."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.rand(2, 400, 1, 28, 28, generator=generator)
+    a, b = torch.rand(2, 400, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     assert low <= told_apart(a, brightness * b) <= high
 
 
 def test_figures_of_real_images():
     real = torch.load(FIXTURE, weights_only=True)
     some = first_of_each_class(real["train_labels"], 50)
-    features, predicted, labels = real["train"][some].float(), real["train_predicted"][some], real["train_labels"][some]
-    accuracy, fid, precision, recall = figures(features, predicted, labels, real, 50).split()
-    assert float(accuracy[:-1]) > 99 and float(precision) > 0.8 and float(recall) > 0.8
-    assert float(figures(features, predicted, labels.flip(0), real, 50).split()[0][:-1]) < 1
-    one_class = labels == 3
-    assert float(
-        figures(features[one_class], predicted[one_class], labels[one_class], real, 50).split()[1]
-    ) > 10 * float(fid)
+    features, seen, labels = (real[name][some] for name in ("train", "train_predicted", "train_labels"))
+    accuracy, fid, precision, recall = evaluate.figures(features, seen, labels, real, 50)
+    assert accuracy > 0.99 and precision > 0.8 and recall > 0.8
+    accuracy, fid_of_threes, *_ = evaluate.figures(features[150:200], seen[150:200], labels[150:200] + 1, real, 50)
+    assert accuracy < 0.01 and fid_of_threes > 10 * fid
 
 
-def test_too_many_steps(tmp_path, call, monkeypatch):
-    save_weights(tmp_path / "small.pth", DDPM(ContextUnet(n_feat=8), n_T=40))
-    monkeypatch.setitem(sys.modules, "evaluate", evaluate)
-    result = call(tmp_path, "evaluate.py", "--weights", "small.pth", "--steps", "41")
-    assert_one_line_error(result, "steps must be in 1 .. 40")
+def test_command(folder, call, monkeypatch):
+    """As few images as can be. What is missing is one line, and is not downloaded over what is there."""
+    command = ("tests.evaluate", "--weights", "small.pth", "--per-class", 4, "--guide-w", 0, "--steps", 2, 51)
+    result = call(folder, *command)
+    assert_one_line_error(result, "steps must be in 1 .. 50")
+    assert [len(line.split()) for line in result.stdout.splitlines()] == [11, 9, 11]
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", lambda *_, **__: 1 / 0)
+    assert_one_line_error(call(folder, *command, "--data-dir", "new"), "division by zero")
+    (folder / "data" / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    assert_one_line_error(call(folder, *command), "not found", "four files")
+
+
+def test_pictures(folder, call, monkeypatch):
+    assert call(folder, "tests.figures", "--weights", "small.pth", "--outdir", "new").returncode == 0
+    monkeypatch.setattr(figures, "LEARNING", {1: "step 1", 30: "epoch 30"})
+    assert call(folder, "tests.figures", "--learning", "--outdir", "new").returncode == 0
+    drawn = {path.stem: np.array(Image.open(path))[:, figures.LABEL_WIDTH :] for path in (folder / "new").iterdir()}
+    assert set(drawn) == {"noise_levels", "estimates", "guidance", "steps", "copies", "learning"}
+    assert np.diff(np.split(drawn["learning"], 2), axis=0).any()  # training changes the digits
+
+
+def test_copies(monkeypatch, capsys):
+    """Digits that are copies are found, each beside the image that it is a copy of."""
+    train = torch.rand(100, 1, 28, 28)
+    monkeypatch.setattr(figures, "draw", lambda *_, **__: train.flip(0))
+    picture = np.array(figures.copies(None, 0, train, torch.rand(10, 1, 28, 28)))[:, figures.LABEL_WIDTH :]
+    drawn, nearest, _ = np.split(picture, 3)
+    assert (drawn == nearest).all() and capsys.readouterr().out.count("median 0.0") == 1

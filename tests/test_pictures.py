@@ -15,7 +15,7 @@ from PIL import Image
 import ddpm_model
 import inference_ddpm
 from ddpm_model import DDPM, N_CLASSES, ContextUnet, image_grid, load_ddpm, save_weights
-from tests import evaluate, figures
+from tests import evaluate
 from tests.conftest import PROJECT, SMALL_RUN, TOO_LONG, assert_one_line_error, file_limit, link, run
 from tests.digit_classifier import judge, load_classifier
 
@@ -388,24 +388,6 @@ def test_help_has_defaults(tmp_path, call, name):
     text = " ".join(call(tmp_path, name, "--help").stdout.split("options:")[1].split())
     options = re.findall(r" (--[\w-]+) .*?(?= --|$)", text.replace("-h, --help", ""))
     assert len(options) > 1 and text.count("(default: ") == len(set(options)) and "None" not in text
-
-
-def test_figures(quick, call):
-    """tests/figures.py draws all pictures of README."""
-    torch.manual_seed(0)
-    save_weights(quick / "small.pth", DDPM(ContextUnet(n_feat=8), 50))
-    result = call(quick, "tests.figures", "--weights", "small.pth", "--outdir", "new")
-    assert result.returncode == 0, result.stderr
-    preview = image_grid(torch.rand(60, 1, 28, 28), columns=10, scale=3)
-    for epoch in (1, 3, 30):
-        preview.save(quick / f"small.pth.epoch_{epoch:02d}.png")
-    assert call(quick, "tests.figures", "--weights", "small.pth", "--outdir", "new", "--learning").returncode == 0
-    sizes = {path.stem: pixels(path).shape for path in (quick / "new").iterdir()}
-    n_rows = {"noise_levels": 9, "estimates": 10, "guidance": 4, "steps": 10, "learning": 4}
-    widths = dict.fromkeys(n_rows, 4 * 302) | {"estimates": 2 * 4 * 152 + figures.GAP}
-    assert sizes == {name: (128 * rows, 320 + widths[name]) for name, rows in n_rows.items()}
-    row = pixels(quick / "new" / "learning.png")[128:256, 320:]
-    assert (row[::4, ::4] == np.array(preview)[::3, ::3][30 * figures.PREVIEW_ROW :][:32]).all()
 
 
 # ---- What is shipped
