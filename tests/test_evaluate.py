@@ -14,7 +14,7 @@ from tests.evaluate import FIXTURE, first_of_each_class, frechet_distance, share
 @pytest.fixture
 def folder(tmp_path):
     """Has weights of a small untrained network, and ten bars of each class as MNIST."""
-    save_weights(tmp_path / "small.pth", DDPM(ContextUnet(n_feat=8), n_T=50))
+    save_weights(tmp_path / "small.pth", DDPM(ContextUnet(n_feat=1), n_T=50))
     write_small_mnist(tmp_path / "data", n_images=100)
     return tmp_path
 
