@@ -185,7 +185,7 @@ class DDPM(nn.Module):
         abar = self.alphabar[t][:, None, None, None]
         x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps  # eq. 4
         v = abar.sqrt() * eps - (1 - abar).sqrt() * x_0  # + the target is v
-        context_mask = torch.rand(B, device=x.device) >= self.drop_prob  # + the class is hidden
+        context_mask = torch.rand(B, device=x.device) >= self.drop_prob  # + False hides the class
         v_hat = self.nn_model(x_t, c, t / self.n_T, context_mask)
         return F.mse_loss(v_hat, v)
 

@@ -2,7 +2,7 @@
 
 python train_ddpm.py                               # 30 epochs, on the GPU if there is one
 python train_ddpm.py --resume                      # go on from the last save
-torchrun --nproc-per-node=4 train_ddpm.py          # four GPUs share each batch (with torchrun alone, not srun)
+torchrun --nproc-per-node=4 train_ddpm.py          # four GPUs share each batch (srun alone starts four trainings)
 """
 
 import argparse
@@ -69,13 +69,13 @@ def join_torchrun(args: argparse.Namespace) -> tuple[int, int]:
 
 def check_weights(args: argparse.Namespace) -> None:
     """Fails now where the first save would fail (UserError, OSError). Says what that save replaces."""
-    path = Path(args.weights).resolve()
-    if path.is_dir() or not os.path.basename(args.weights):
+    if os.path.isdir(args.weights) or not os.path.basename(args.weights):
         raise UserError(f"--weights must name a file, not {args.weights!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.epoch_00").close()
-    if path.exists() and not args.resume:
-        print(f"the first save replaces {args.weights}; to continue a stopped run, use --resume")
+    state = Path(f"{args.weights}.train").resolve()
+    state.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.NamedTemporaryFile(dir=state.parent, prefix=state.name).close()  # the name may be too long
+    if not args.resume and (os.path.exists(args.weights) or state.exists()):
+        print(f"the first save replaces the files of {args.weights}; to continue a stopped run, use --resume")
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -101,11 +101,11 @@ def load_mnist(data_dir: str) -> tuple[Tensor, Tensor]:
     images = Path(data_dir, "MNIST", "raw", "train-images-idx3-ubyte")
     labels = images.with_name("train-labels-idx1-ubyte")
     try:
-        if not any(images.parent.glob("train-images*-ubyte")):  # own images are never replaced
+        if not any(images.parent.glob("train-images*-ubyte")):  # own images, whatever their name
             mnist.MNIST(data_dir, download=True)
         return mnist.read_image_file(images)[:, None], mnist.read_label_file(labels)
     except Exception as error:  # no network, a full disk, a damaged file: each has a type of its own
-        hint = f"put {images.name} and {labels.name} into {images.parent}; without the first, MNIST is downloaded"
+        hint = f"{images.parent} must have {images.name} and {labels.name}, or no images: then MNIST is downloaded"
         raise UserError(f"no training data ({error!r}); {hint}") from error
 
 
@@ -130,14 +130,17 @@ def load_data(data_dir: str, device: torch.device, world: int) -> tuple[Tensor, 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def resume(args: argparse.Namespace, data: list[int], parts: dict) -> int:
+def resume(args: argparse.Namespace, fingerprint: dict, parts: dict) -> int:
     """Loads what `save` wrote into parts. Returns the number of epochs that are done. Raises UserError."""
-    with ddpm_model.read_state(f"{args.weights}.train") as state:
-        if data != state["data"]:
-            raise UserError(f"its data have {state['data']} images and sum of pixels, those here {data}")
+    path = f"{args.weights}.train"
+    with ddpm_model.read_state(path) as state:
+        data_then = state["data"]
+        epochs_done = state["epoch"]
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-        return state["epoch"]
+    if fingerprint != data_then:
+        raise UserError(f"the data differ from those of the run in {path}: {fingerprint}, not {data_then}")
+    return epochs_done
 
 
 def learning_rate(step: int, n_steps: int, peak: float) -> float:
@@ -155,7 +158,7 @@ def report(epoch: int, epochs: int, *, done: float, loss: float, start: float) -
     return f"epoch {epoch:2d}/{epochs}  {done:4.0%}  loss {loss:.5f}  {seconds:.0f} s  {left:.1f} min left"
 
 
-def save(args: argparse.Namespace, data: list[int], epoch: int, parts: dict) -> None:
+def save(args: argparse.Namespace, fingerprint: dict, epoch: int, parts: dict) -> None:
     """Writes the training state, the weights, and then a preview with six digits of each class.
 
     A failed save is only a warning, except after the last epoch: there it raises OSError.
@@ -164,7 +167,7 @@ def save(args: argparse.Namespace, data: list[int], epoch: int, parts: dict) -> 
     states = {name: part.state_dict() for name, part in parts.items()}
     ema = parts["ema"]
     try:
-        state = {"options": options, "data": data, "epoch": epoch, "parts": states}
+        state = {"options": options, "data": fingerprint, "epoch": epoch, "parts": states}
         ddpm_model.write_state(f"{args.weights}.train", state)
         ddpm_model.save_weights(args.weights, ema)
         generator = torch.Generator().manual_seed(0)
@@ -180,7 +183,7 @@ def save(args: argparse.Namespace, data: list[int], epoch: int, parts: dict) -> 
 
 @ddpm_model.one_line_errors()
 def main() -> None:
-    # Set-up. Of several processes, the one with rank 0 prints and saves.
+    # Set-up. Of several processes, the one with rank 0 shows progress and saves.
     args = parse_args()
     rank, world = join_torchrun(args)
     device = ddpm_model.pick_device(args.device)
@@ -189,7 +192,7 @@ def main() -> None:
 
     # Data
     images, labels = load_data(args.data_dir, device, world)
-    data = [len(images), images.sum().item()]  # a resumed run must have the same
+    fingerprint = {"images": len(images), "sum of pixels": images.sum().item()}  # a resumed run must have the same
     n_batches = len(images) // args.batch_size  # of the same size: what is left of an epoch is not used
     if n_batches == 0 or args.batch_size % world:
         raise UserError(f"--batch-size must be at most {len(images)} (images) and a multiple of {world} (processes)")
@@ -204,7 +207,7 @@ def main() -> None:
     parts = {"ddpm": ddpm, "ema": ema, "optimizer": optimizer}
 
     # Resume
-    epochs_done = resume(args, data, parts) if args.resume else 0
+    epochs_done = resume(args, fingerprint, parts) if args.resume else 0
     if rank == 0:
         if args.resume:
             ddpm_model.save_weights(args.weights, ema)  # the file may be missing, or of another save
@@ -231,6 +234,7 @@ def main() -> None:
             optimizer.step()
 
             decay = min(EMA_DECAY, (1 + step) / (10 + step))  # small at first, to forget the random start
+            # ema = decay ema + (1 - decay) ddpm, for all weights at once.
             get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(ddpm.parameters()), None)
 
             total += loss.detach()
@@ -238,14 +242,14 @@ def main() -> None:
                 line = report(epoch, args.epochs, done=(i + 1) / n_batches, loss=total.item() / (i + 1), start=start)
                 ddpm_model.show_progress(line)
 
-        # Save
+        # Save, at the end of an epoch.
         ddpm_model.show_progress("")
         if not math.isfinite(total):
             raise UserError(f"the loss is {total / n_batches} in epoch {epoch}; a lower --lr may help")
         if rank == 0:
             print(line, flush=True)
             if epoch % args.save_every == 0 or epoch == args.epochs:
-                save(args, data, epoch, parts)
+                save(args, fingerprint, epoch, parts)
 
     if world > 1:
         dist.destroy_process_group()
