@@ -175,9 +175,11 @@ def test_forward_makes_the_x_t_and_v_of_diffusers():
 
 
 # ---- What describes the model: change it here too. Below it, what the tests share. -----------------------------------
+# For eps in place of v: EPS_WEIGHT, to_eps, the last line of Gaussian, and above, prediction_type and get_velocity.
 
 T_PROBABILITIES = torch.full((T,), 1 / T, dtype=torch.float64)  # how often training draws t = 1 .. T
 EPS_WEIGHT = 1 / alphabar  # the loss is the squared error in v; one in eps has this weight in it
+STD_ERRORS = [(400, 1, 0.03), (400, 0, 0.01), (200, 0, 0.02), (50, 0, 0.05)]  # (steps, eta, relative error of the std)
 
 
 def cosine(t: int, n_T: int) -> float:
@@ -333,7 +335,7 @@ def test_sampling_with_the_perfect_network_ends_at_the_data(steps, eta):
     torch.testing.assert_close(states[-1], (images + 1) / 2, rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize(("steps", "eta", "tolerance"), [(400, 1, 0.03), (400, 0, 0.01), (200, 0, 0.02), (50, 0, 0.05)])
+@pytest.mark.parametrize(("steps", "eta", "tolerance"), STD_ERRORS)
 def test_sampling_a_gaussian_gives_its_mean_and_variance(steps, eta, tolerance):
     """DDIM is a method of first order: half the steps, twice the error."""
     ddpm = DDPM(Gaussian(MEANS / 3, std=0.2, n_T=400), 400)
@@ -391,6 +393,10 @@ def test_classes_come_in_any_form():
     expected = ddpm.sample(torch.tensor([1]), steps=2, generator=seed(1))
     for c in (1, [1], np.array([1]), np.int64(1), torch.tensor(1), torch.tensor([1], dtype=torch.int32), range(1, 2)):
         assert torch.equal(ddpm.sample(c, steps=2, generator=seed(1)), expected)
+
+
+def test_sampling_keeps_no_gradients():
+    assert not any(x.requires_grad for x in small_ddpm().denoise(CLASSES, steps=2))
 
 
 def test_what_is_nearly_black_or_white_becomes_so():
