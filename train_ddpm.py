@@ -111,13 +111,12 @@ def load_mnist(data_dir: str) -> tuple[Tensor, Tensor]:
 
 def load_data(data_dir: str, device: torch.device, world: int) -> tuple[Tensor, Tensor]:
     """What load_mnist returns, checked, on the device. Raises UserError."""
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # on this machine: it may download, the others wait
-    if is_first:
-        images, labels = load_mnist(data_dir)
-    if world > 1:
+    is_first = os.environ.get("LOCAL_RANK") == "0"  # on this machine: it may download, the others wait
+    if world > 1 and not is_first:
         dist.barrier()
-    if not is_first:
-        images, labels = load_mnist(data_dir)
+    images, labels = load_mnist(data_dir)
+    if world > 1 and is_first:
+        dist.barrier()
 
     classes = set(labels.tolist())
     right = images.dtype == torch.uint8 and images.shape[1:] == IMAGE_SHAPE and len(images) == len(labels)
@@ -134,12 +133,11 @@ def resume(args: argparse.Namespace, fingerprint: dict, parts: dict) -> int:
     """Loads what `save` wrote into parts. Returns the number of epochs that are done. Raises UserError."""
     path = f"{args.weights}.train"
     with ddpm_model.read_state(path) as state:
-        data_then = state["data"]
-        epochs_done = state["epoch"]
+        data, epochs_done = state["data"], state["epoch"]
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-    if fingerprint != data_then:
-        raise UserError(f"the data differ from those of the run in {path}: {fingerprint}, not {data_then}")
+    if data != fingerprint:
+        raise UserError(f"the data differ from those of the run in {path}: {fingerprint}, not {data}")
     return epochs_done
 
 
