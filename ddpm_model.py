@@ -8,7 +8,7 @@ Read it from top to bottom, beside Ho et al. 2020 (arXiv:2006.11239):
     DDPM.denoise       algorithm 2     sampling
 
 The rest is the weights file and what the scripts share. "+" marks what is not in the DDPM paper, with its source if it
-has one. Of the paper's network, attention and dropout are left out.
+has one. Of the paper's network, these are left out: attention, dropout, two of the four resolutions, all skips but one.
 """
 
 import argparse
@@ -42,9 +42,8 @@ def ddpm_schedule(n_T: int) -> Tensor:
     """alphabar[t] = (1 - beta_1) ... (1 - beta_t) (section 2), float32 [n_T + 1]. alphabar[0] = 1 is clean data.
 
     + A squared cosine, f(t) / f(0) (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). In the DDPM paper, beta rises
-    linearly, and the last third of the x_t are almost pure noise.
-    alphabar is at least 1e-8: without this, rounding can make `denoise` take the root of a negative number at t = n_T.
-    Up to n_T = 10,000, the bound acts at t = n_T alone.
+    linearly, and the last quarter of the x_t are almost pure noise.
+    alphabar[n_T] is 1e-8, not 0, so that rounding puts no negative number under a root in `denoise`.
     """
     t = torch.arange(n_T + 1, dtype=torch.float64)
     f = torch.cos((t / n_T + 0.008) / 1.008 * pi / 2) ** 2
@@ -147,11 +146,22 @@ class ContextUnet(nn.Module):
 # ---- The diffusion process -------------------------------------------------------------------------------------------
 
 
+def to_image(x: Tensor) -> Tensor:
+    """From [-1, 1] to images in [0, 1], clipped.
+
+    + Cosmetic: MNIST's pixels are mostly 0 or 1, so what is nearer to one of them than 0.02 becomes it.
+    """
+    x = ((x + 1) / 2).clamp(0, 1)
+    x = torch.where(x < 0.02, 0, x)
+    return torch.where(x > 0.98, 1, x)
+
+
 class DDPM(nn.Module):
     """The diffusion process around a network: the training loss and the sampler.
 
-    nn_model: a ContextUnet. n_T: number of timesteps, 1 .. 10,000. drop_prob: probability in [0, 1] that training
-    hides an image's class. Callers see images in [0, 1]; in the equations, x_0 is in [-1, 1].
+    nn_model: a ContextUnet, or a network with the same arguments (and, for save_weights, with n_feat). n_T: number of
+    timesteps, 1 .. 10,000. drop_prob: probability in [0, 1) that training hides an image's class. Callers see images
+    in [0, 1]; in the equations, x_0 is in [-1, 1].
     """
 
     def __init__(self, nn_model: nn.Module, n_T: int = 400, drop_prob: float = 0.1):
@@ -175,7 +185,7 @@ class DDPM(nn.Module):
         abar = self.alphabar[t][:, None, None, None]
         x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps  # eq. 4
         v = abar.sqrt() * eps - (1 - abar).sqrt() * x_0  # + the target is v
-        context_mask = torch.rand(B, device=x.device) >= self.drop_prob  # + the class is hidden
+        context_mask = torch.rand(B, device=x.device) >= self.drop_prob  # + False hides the class
         v_hat = self.nn_model(x_t, c, t / self.n_T, context_mask)
         return F.mse_loss(v_hat, v)
 
@@ -184,24 +194,29 @@ class DDPM(nn.Module):
 
         That paper has eps in place of v. Both give the same: v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar), by
         eq. 4 of DDPM, and the weights 1 + w and -w add up to 1.
-        + It acts only while t / n_T is in GUIDANCE_INTERVAL (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+        + It acts only while t / n_T is in GUIDANCE_INTERVAL (the idea of Kynkäänniemi et al. 2024, arXiv:2404.07724;
+        the limits are ours). With drop_prob = 0, the null class was never trained, and there is no guidance.
         """
         t_fraction = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
         keep = torch.ones_like(c, dtype=torch.bool)
-        v = self.nn_model(x_t, c, t_fraction, keep)
         low, high = GUIDANCE_INTERVAL
-        if guide_w == 0 or not low < t / self.n_T <= high:
+        guided = guide_w != 0 and self.drop_prob > 0 and low < t / self.n_T <= high
+
+        v = self.nn_model(x_t, c, t_fraction, keep)
+        if not guided:
             return v
         v_null = self.nn_model(x_t, c, t_fraction, ~keep)
         return (1 + guide_w) * v - guide_w * v_null
 
-    def timesteps(self, steps: int) -> list[int]:
-        """The steps + 1 timesteps that sampling visits, from n_T down to 0.
+    def timesteps(self, steps: int | None = None) -> list[int]:
+        """The steps + 1 timesteps that sampling visits, from n_T down to 0. steps: 1 .. n_T, by default n_T.
 
-        + With fewer steps than n_T, they are denser near 0 (DDIM, appendix D.2: quadratic).
+        + With fewer steps than n_T, they are denser near 0 (DDIM, appendix D.2: quadratic). Raises UserError.
         """
-        # max(i, ...) keeps the timesteps different. Where a square rounds to at most i, the timestep is i. Where it
-        # rounds to more, n_T / steps^2 > 1 / i, and the next square is larger by n_T (2 i + 1) / steps^2 > 2.
+        steps = self.n_T if steps is None else steps
+        if not 1 <= steps <= self.n_T:
+            raise UserError(f"steps must be in 1 .. {self.n_T}, not {steps}")
+        # Rounding alone can repeat small timesteps; max(i, ...) keeps them distinct.
         return [max(i, round(self.n_T * (i / steps) ** 2)) for i in range(steps, -1, -1)]
 
     @torch.no_grad()
@@ -224,16 +239,19 @@ class DDPM(nn.Module):
         generator: a CPU generator, so that a seed means the same noise on every device.
         Raises UserError, when the first image is asked for, if c, steps or eta is out of range.
         """
-        steps = self.n_T if steps is None else steps
+        timesteps = self.timesteps(steps)
         c = torch.as_tensor(c).reshape(-1)
-        self.check_arguments(c, steps, eta)
+        if not all(label in range(N_CLASSES) for label in c.tolist()):
+            raise UserError(f"classes must be whole numbers in 0 .. {N_CLASSES - 1}, not {c.tolist()}")
+        if not 0 <= eta <= 1:
+            raise UserError(f"eta must be in 0 .. 1, not {eta}")
         c = c.to(self.alphabar.device, torch.int64)
         alphabar = self.alphabar.tolist()
         shape = (len(c), *IMAGE_SHAPE)
 
         x = torch.randn(shape, generator=generator).to(c.device)  # x_T
         yield to_image(x)
-        for t, s in itertools.pairwise(self.timesteps(steps)):
+        for t, s in itertools.pairwise(timesteps):
             # From x_t to the less noisy x_s. With all steps, s = t - 1 and abar_t / abar_s is alpha_t.
             abar_t = alphabar[t]
             abar_s = alphabar[s]
@@ -255,25 +273,6 @@ class DDPM(nn.Module):
             pass
         return x
 
-    def check_arguments(self, c: Tensor, steps: int, eta: float) -> None:
-        """Raises UserError if one of them is out of range."""
-        if not all(label in range(N_CLASSES) for label in c.tolist()):
-            raise UserError(f"classes must be whole numbers in 0 .. {N_CLASSES - 1}, not {c.tolist()}")
-        if not 1 <= steps <= self.n_T:
-            raise UserError(f"steps must be in 1 .. {self.n_T}, not {steps}")
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta must be in 0 .. 1, not {eta}")
-
-
-def to_image(x: Tensor) -> Tensor:
-    """From [-1, 1] to images in [0, 1], clipped. + What is within 2 % of black or white becomes black or white.
-
-    Most pixels of MNIST are exactly black or white, and the estimates of the network are off by up to 2 %.
-    """
-    x = (x + 1) / 2
-    x = torch.where(x < 0.02, 0, x)
-    return torch.where(x > 0.98, 1, x)
-
 
 # ---- The weights file ------------------------------------------------------------------------------------------------
 
@@ -285,13 +284,11 @@ def save_weights(path: str | Path, ddpm: DDPM) -> None:
 
 
 def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
-    """The DDPM that save_weights wrote, in evaluation mode on device. Raises UserError, OSError."""
-    config, model = read_state(path, "config", "model")
-    try:
+    """The DDPM that save_weights wrote, in evaluation mode on device. Raises UserError."""
+    with read_state(path) as state:
+        config = state["config"]
         ddpm = DDPM(ContextUnet(config["n_feat"]), config["n_T"], config["drop_prob"])
-        ddpm.nn_model.load_state_dict(model)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} holds no model of this architecture; train one: python train_ddpm.py") from error
+        ddpm.nn_model.load_state_dict(state["model"])
     return ddpm.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -303,17 +300,19 @@ def write_state(path: str | Path, state: dict) -> None:
         temporary.write_bytes(buffer.getvalue())
 
 
-def read_state(path: str | Path, *keys: str) -> list:
-    """The values of these keys in what write_state wrote, on the CPU. Runs no code from the file.
+@contextlib.contextmanager
+def read_state(path: str | Path) -> Iterator[dict]:
+    """Gives what write_state wrote, on the CPU. Runs no code from the file.
 
-    Raises UserError if the file is damaged or has other content, OSError if it cannot be read.
+    Raises UserError if it cannot be read, or if the block under `with` cannot use it (another network or version).
     """
-    data = Path(path).read_bytes()
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return [state[key] for key in keys]
+        yield torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage makes torch raise errors of many types
-        raise UserError(f"{path} is damaged, or was not written by this version of the project") from error
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1][:200]
+        kind = type(error).__name__
+        hint = "missing, damaged, or of another network or version; python train_ddpm.py makes a new one"
+        raise UserError(f"cannot use {path} ({kind}: {reason}): it is {hint}") from error
 
 
 # ---- What the scripts share ------------------------------------------------------------------------------------------
@@ -321,9 +320,10 @@ def read_state(path: str | Path, *keys: str) -> list:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path to write to. At the end, that file takes the place of path; after an error, it is removed.
+    """Gives a temporary path to write to. At the end, that file replaces path; after an error, it is removed.
 
-    So at any moment, path is the old file or the new one. Makes the folder. A symbolic link stays a link.
+    So if the process ends at any moment, path is the old file or the new one (a loss of power is another matter). A
+    killed process leaves a folder .tmp... beside it. Makes the folder of path. A symbolic link stays a link.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -334,22 +334,23 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
-    """Images [N,1,28,28] in [0, 1] -> an 8-bit grey picture, row by row, with 2 black pixels around each.
+    """Images [N,1,H,W] in [0, 1] -> an 8-bit grey picture, row by row, with 2 black pixels around each.
 
     Each pixel becomes scale x scale. This is the geometry of torchvision's make_grid(padding=2).
     """
     rows = ceil(len(images) / columns)
-    side = images.shape[-1] + 2
-    grid = Image.new("L", (side * min(columns, len(images)) + 2, side * rows + 2))
+    height = images.shape[2] + 2
+    width = images.shape[3] + 2
+    grid = Image.new("L", (width * min(columns, len(images)) + 2, height * rows + 2))
     pixels = (images[:, 0] * 255).round().to(torch.uint8).cpu().numpy()
     for i, tile in enumerate(pixels):
-        grid.paste(Image.fromarray(tile), (side * (i % columns) + 2, side * (i // columns) + 2))
+        grid.paste(Image.fromarray(tile), (width * (i % columns) + 2, height * (i // columns) + 2))
     return grid.resize((scale * grid.width, scale * grid.height), Image.NEAREST)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For main: what the user or the system caused is one line on stderr and status 1; after Ctrl-C, status 130."""
+    """For main: prints expected errors as one line and exits with 1; after Ctrl-C, exits with 130."""
     try:
         yield
     except (UserError, OSError, ImportError) as error:
@@ -360,8 +361,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def show_progress(text: str) -> None:
-    """Replaces the line that a person watches. Does nothing where stderr is not a terminal. An empty text clears it."""
-    if sys.stderr.isatty():
+    """Overwrites the status line, if stderr is a terminal. An empty text clears it."""
+    if sys.stderr and sys.stderr.isatty():  # without a console (pythonw), there is no stderr
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
@@ -374,12 +375,12 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
 
-    parse.__name__ = kind.__name__  # the name in argparse's message: invalid int value: '2.5'
+    parse.__name__ = kind.__name__  # argparse prints it: invalid int value: '2.5'
     return parse
 
 
 def pick_device(name: str) -> torch.device:
-    """An argparse type: a device that works here. "auto" is the GPU if there is one that works, else the CPU."""
+    """The device of that name. "auto": the GPU if there is one that works, else the CPU. Raises UserError."""
     gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = gpu if name == "auto" else name
     try:
@@ -387,7 +388,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).split("\n")[0]
         if name != "auto":
-            raise argparse.ArgumentTypeError(f"cannot use {name}: {reason}") from None
-        print(f"warning: the CPU is used, not the GPU: {reason}")
+            raise UserError(f"cannot use {name}: {reason}") from error
+        print(f"warning: the CPU is used, not the GPU: {reason}", file=sys.stderr)
         device = "cpu"
     return torch.device(device)

@@ -8,7 +8,6 @@ python inference_ddpm.py --video                         # generated_outputs/den
 import argparse
 import os
 import secrets
-import time
 from pathlib import Path
 
 import numpy as np
@@ -29,28 +28,26 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw digits, or a video of how they emerge from noise.")
     add = parser.add_argument
     add("--digit", type=number(int, 0, N_CLASSES - 1), nargs="+", default=[5], help="which digits (default: 5)")
-    add("--count", type=number(int, 1, 10**6), default=9, help="how many of each (default: %(default)s)")
+    add("--count", type=number(int, 1, 2500), default=9, help="how many of each (default: %(default)s)")
     add("--video", action="store_true", help="make a video of digits 0 to 9 instead (default: no)")
     add("--guide-w", type=number(float, 0, 100), default=GUIDE_W, help="guidance weight (default: %(default)s)")
     add("--steps", type=number(int, 1, 10_000), help="fewer is faster (default: all timesteps)")
     add("--eta", type=number(float, 0, 1), default=1.0, help="1 is DDPM, 0 is DDIM (default: %(default)s)")
     add("--seed", type=number(int, 0, N_SEEDS - 1), default=secrets.randbelow(N_SEEDS), help="(default: a new one)")
-    add("--scale", type=number(int, 1, 64), default=4, help="size of a pixel in the picture (default: %(default)s)")
+    add("--scale", type=number(int, 1, 20), default=4, help="size of a pixel in the picture (default: %(default)s)")
     weights = WEIGHTS if WEIGHTS.exists() else Path(__file__).resolve().parent / WEIGHTS  # beside this script
     add("--weights", type=os.path.expanduser, default=str(weights), help="made by train_ddpm.py (default: %(default)s)")
     add("--outdir", type=os.path.expanduser, default="generated_outputs", help="for pictures (default: %(default)s)")
-    add("--device", type=ddpm_model.pick_device, default="auto", help="cpu, cuda ... (default: a GPU, if there is one)")
+    add("--device", default="auto", help="cpu, cuda ...; auto is the GPU, if there is one (default: %(default)s)")
     return parser.parse_args()
 
 
 def draw(ddpm: DDPM, c: torch.Tensor, args: argparse.Namespace, shown: list[int]) -> dict[int, torch.Tensor]:
-    """Draws digits of classes c, with a line on the terminal about the time left. Returns {t: x_t for t in shown}."""
+    """Draws digits of classes c. Returns {t: the images of step t, for t in shown}."""
     images = {}
-    start = time.perf_counter()
     denoised = ddpm.denoise(c, guide_w=args.guide_w, steps=args.steps, eta=args.eta)
-    for step, (t, x) in enumerate(zip(ddpm.timesteps(args.steps), denoised)):
-        left = (time.perf_counter() - start) * (args.steps - step) / max(step, 1)
-        ddpm_model.show_progress(f"step {step}/{args.steps}, {left:.0f} s left")
+    for t, x in zip(ddpm.timesteps(args.steps), denoised):
+        ddpm_model.show_progress(f"{len(c)} digits, t = {t}")
         if t in shown:
             images[t] = x.cpu()
     ddpm_model.show_progress("")
@@ -109,8 +106,7 @@ def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
 @ddpm_model.one_line_errors()
 def main() -> None:
     args = parse_args()
-    ddpm = ddpm_model.load_ddpm(args.weights, args.device)
-    args.steps = args.steps or ddpm.n_T
+    ddpm = ddpm_model.load_ddpm(args.weights, ddpm_model.pick_device(args.device))
     os.makedirs(args.outdir, exist_ok=True)  # before the drawing, so that an error comes at once
     # One thread, and one more for every 16 images: with fewer images, threads mostly wait for each other.
     torch.set_num_threads(min(torch.get_num_threads(), 1 + args.count // 16))

@@ -2,12 +2,13 @@
 
 python inference_ddpm.py --digit 0 1 2 3 4 5 6 7 8 9
 python stitch_images.py                                  # combined_2x5_grid.png
+
+If the disk is full, half a sheet may be left. The grids are whole, so run it again.
 """
 
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -30,13 +31,8 @@ def main() -> None:
                 raise ValueError("not the size of digit_0_grid.png; draw all with the same --count and --scale")
             sheet.paste(grid, (digit % 5 * width, digit // 5 * height))
         path = Path(args.output)
-        target = path.resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # As ddpm_model.atomic_write, without the seconds that importing torch takes.
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp") as folder:
-            temporary = Path(folder, path.name)
-            sheet.save(temporary)
-            os.replace(temporary, target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
         sys.exit(f"error: {path}: {error}")
     print(f"saved {path}")
