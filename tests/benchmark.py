@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what training and drawing cost on this machine.")
     parser.add_argument("--device", default="auto")
     device = pick_device(parser.parse_args().device)
-    options = train_ddpm.make_parser().parse_args([])
+    options = train_ddpm.parse_args([])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{device.type}, {name}, torch {torch.__version__}", flush=True)
 
