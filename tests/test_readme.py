@@ -45,7 +45,7 @@ def written_files(command: str) -> list[str]:
 
 
 def test_four_commands(tmp_path, call, monkeypatch):
-    """They run in their order in a fresh copy, and write new files.
+    """They run in their order in a fresh copy, and write what they should.
 
     To be quick, training is that of a small network on 128 bars, and its previews show noise.
     """
@@ -57,10 +57,11 @@ def test_four_commands(tmp_path, call, monkeypatch):
         shutil.copytree(PROJECT / folder, tmp_path / folder)
     for command in commands(FOUR):
         files = [tmp_path / name for name in written_files(command)]
-        before = [path.read_bytes() if path.exists() else None for path in files]
+        for path in files:
+            path.unlink(missing_ok=True)
         result = call(tmp_path, *command.split()[1:])
         assert result.returncode == 0, result.stderr
-        assert all(path.read_bytes() != old for path, old in zip(files, before))
+        assert all(path.exists() for path in files)
     assert all(part in FOUR for part in (*SCRIPTS[:3], "--digit", "--video"))
 
 
