@@ -47,12 +47,12 @@ def written_files(command: str) -> list[str]:
 def test_four_commands(tmp_path, call, monkeypatch):
     """They run in their order in a fresh copy, and write what they should.
 
-    To be quick, training is that of a small network on 128 bars, and its previews show noise.
+    To be quick, training is that of a small network on 64 bars, one step an epoch, and its previews show noise.
     """
     monkeypatch.setattr(train_ddpm, "ContextUnet", lambda n_feat: ContextUnet(n_feat // 4))
     monkeypatch.setattr(DDPM, "sample", lambda self, c, **options: next(self.denoise(c)))
     fill(tmp_path)
-    write_small_mnist(tmp_path / "data", n_images=128)
+    write_small_mnist(tmp_path / "data")
     for folder in ("weights", "generated_outputs"):
         shutil.copytree(PROJECT / folder, tmp_path / folder)
     for command in commands(FOUR):
