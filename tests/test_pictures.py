@@ -1,6 +1,7 @@
 """The scripts that draw, make videos and stitch, as a user runs them; what all scripts share; what is shipped."""
 
-import io
+import math
+import os
 import re
 import shutil
 import sys
@@ -14,26 +15,34 @@ from PIL import Image
 
 import ddpm_model
 import inference_ddpm
-from ddpm_model import DDPM, N_CLASSES, ContextUnet, image_grid, load_ddpm, save_weights
+from ddpm_model import DDPM, IMAGE_SHAPE, N_CLASSES, ContextUnet, image_grid, load_ddpm, save_weights
 from tests import evaluate
-from tests.conftest import PROJECT, SMALL_RUN, TOO_LONG, assert_one_line_error, file_limit, link, run
+from tests.conftest import PROJECT, SMALL_RUN, TOO_LONG, assert_one_line_error, file_limit, link, posix, run
 from tests.digit_classifier import judge, load_classifier
 
 GALLERY = PROJECT / "generated_outputs"
 WEIGHTS = PROJECT / "weights" / "ddpm_mnist.pth"
 VIDEO = "denoising_process_0to9.mp4"
+HEIGHT, WIDTH = (size + 2 for size in IMAGE_SHAPE[1:])  # of a tile: an image and the lines between two
+LAST = N_CLASSES - 1
 
 
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
-        return np.array(image)
+        return np.array(image).astype(int)
+
+
+def alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal up to rounding, which threads do otherwise: what is within 2 % (5 of 255) of black becomes black."""
+    return a.shape == b.shape and np.abs(a - b).max() < 8
 
 
 @pytest.fixture
 def quick(workdir):
     """A folder whose weights are of a small untrained network, quick to draw with: for all but the looks."""
     torch.manual_seed(0)
-    save_weights(workdir / "weights" / "ddpm_mnist.pth", DDPM(ContextUnet(n_feat=8), 40))
+    for name in ("ddpm_mnist.pth", "other.pth"):
+        save_weights(workdir / "weights" / name, DDPM(ContextUnet(n_feat=8), 40))
     return workdir
 
 
@@ -45,102 +54,162 @@ def draw(call):
 # ---- Drawing
 
 
-@pytest.mark.parametrize(("count", "rows", "columns"), [(9, 3, 3), (1, 1, 1), (7, 3, 3), (5, 2, 3)])
-def test_grid_geometry(quick, count, rows, columns, draw):
-    result = draw(quick, "--digit", "3", "--count", count, "--scale", "1", "--steps", "2")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""  # no progress line where there is no terminal, and no noise
-    grid = pixels(quick / "generated_outputs" / "digit_3_grid.png")
-    assert grid.shape == (30 * rows + 2, 30 * columns + 2)
-    last_row = grid[30 * (rows - 1) + 2 :]
-    used = 30 * (count - columns * (rows - 1))
-    assert last_row[:, :used].any() and not last_row[:, used + 2 :].any()
+def expected_grid(folder: Path, digit=5, count=9, seed=1, scale=4, weights="weights/ddpm_mnist.pth", **options):
+    """The grid that the documented defaults and the documented seed, 10 * seed + digit, give."""
+    options = {"guide_w": 0.25, "steps": 40, "eta": 1.0} | options
+    generator = torch.Generator().manual_seed(10 * seed + digit)
+    digits = load_ddpm(folder / weights).sample([digit] * count, generator=generator, **options)
+    return np.array(image_grid(digits, columns=math.ceil(math.sqrt(count)), scale=scale)).astype(int)
 
 
-def test_seed_is_said(quick, draw):
-    """And repeats the picture, also where it was not given."""
-    path = quick / "generated_outputs" / "digit_5_grid.png"
-    seed = re.fullmatch(r"saved .*digit_5_grid.png \(seed (\d+)\)\n", draw(quick, "--steps", "3").stdout)[1]
-    drawn = path.read_bytes()
-    assert f"(seed {seed})" in draw(quick, "--steps", "3", "--seed", seed).stdout
-    assert path.read_bytes() == drawn
-
-
-def test_scale_and_seed(quick, draw):
-    """Each pixel is enlarged, and a seed repeats the file to the byte."""
-    path = quick / "generated_outputs" / "digit_5_grid.png"
+@pytest.mark.parametrize(
+    "option",
+    [{}, {"guide_w": 0}, {"guide_w": 9.0}, {"steps": 3}, {"eta": 0.0}, {"eta": 0.5}, {"count": 1}, {"count": 7},
+     {"scale": 1}, {"digit": 0}, {"digit": LAST}, {"seed": 0}, {"seed": inference_ddpm.N_SEEDS - 1},
+     {"weights": "weights/other.pth"}],
+    ids=str,
+)  # fmt: skip
+def test_every_option_acts(quick, draw, option):
+    """The same options draw the same file, byte for byte, and another value of one draws what it says."""
+    path = quick / "generated_outputs" / f"digit_{option.get('digit', 5)}_grid.png"
+    command = ["--seed", "1"]
+    for name, value in option.items():
+        command += [f"--{name.replace('_', '-')}", value]
     contents = []
-    for options in (["--seed", "7"], ["--seed", "7"], ["--seed", "8"], [], [], ["--seed", "7", "--scale", "1"]):
-        assert draw(quick, "--steps", "3", *options).returncode == 0
+    for _ in range(2):
+        result = draw(quick, *command)
+        assert result.returncode == 0 and result.stderr == "", result.stderr
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
-    assert len(set(contents)) == 5
-    small = pixels(path)
-    path.write_bytes(contents[0])
-    assert small.shape == (92, 92) and (pixels(path) == np.kron(small, np.ones((4, 4), np.uint8))).all()
-
-
-def test_no_two_seeds_are_the_same(quick, draw):
-    """torch uses 32 bits of a seed."""
-    path = quick / "generated_outputs" / "digit_9_grid.png"
-    contents = set()
-    for seed in (0, 1, inference_ddpm.N_SEEDS - 1):
-        assert draw(quick, "--steps", "1", "--digit", "9", "--seed", seed).returncode == 0
-        contents.add(path.read_bytes())
-    assert len(contents) == 3
-    assert 10 * (inference_ddpm.N_SEEDS - 1) + 9 < 2**32
-    assert draw(quick, "--seed", inference_ddpm.N_SEEDS).returncode == 2
+    assert alike(pixels(path), expected_grid(quick, **option))
+    assert alike(pixels(path), expected_grid(quick)) == (option == {})
 
 
 def test_several_digits(quick, draw):
-    """They are those that are drawn alone."""
-    out = quick / "generated_outputs"
-    assert draw(quick, "--digit", "2", "6", "--seed", "1", "--steps", "3").returncode == 0
-    together = [(out / f"digit_{digit}_grid.png").read_bytes() for digit in (2, 6)]
-    assert draw(quick, "--digit", "6", "--seed", "1", "--steps", "3").returncode == 0
-    assert together[1] == (out / "digit_6_grid.png").read_bytes() != together[0]
+    """Each is what it is alone. --outdir says where they are."""
+    options = ("--seed", "1", "--steps", "3", "--outdir", "new")
+    result = draw(quick, "--digit", LAST, "0", *options)
+    for digit in (0, LAST):
+        path = Path("new", f"digit_{digit}_grid.png")
+        assert f"saved {path} (seed 1)\n" in result.stdout
+        assert alike(pixels(quick / path), expected_grid(quick, digit, steps=3))
+    assert not (quick / "generated_outputs").exists()
+
+
+def test_seed_is_said(quick, draw):
+    """It is another one each time, and repeats the picture."""
+    path = quick / "generated_outputs" / "digit_5_grid.png"
+    seeds = [re.search(r"\(seed (\d+)\)", draw(quick, "--steps", "3").stdout)[1] for _ in range(2)]
+    assert seeds[0] != seeds[1]
+    assert alike(pixels(path), expected_grid(quick, seed=int(seeds[1]), steps=3))
 
 
 def test_many_digits(quick, monkeypatch, draw):
     """They are drawn in batches."""
     sizes = []
     monkeypatch.setattr(inference_ddpm, "BATCH_SIZE", 4)
-    monkeypatch.setattr(DDPM, "guided_v", lambda self, x, *args: sizes.append(len(x)) or x)
-    assert draw(quick, "--count", "10", "--steps", "1", "--scale", "1").returncode == 0
+
+    def remember(module, inputs) -> None:
+        if isinstance(module, ContextUnet):
+            sizes.append(len(inputs[0]))
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(remember):
+        assert draw(quick, "--count", "10", "--steps", "1", "--scale", "1", "--guide-w", "0").returncode == 0
     assert sizes == [4, 4, 2]
-    assert pixels(quick / "generated_outputs" / "digit_5_grid.png").shape == (30 * 3 + 2, 30 * 4 + 2)
+    assert pixels(quick / "generated_outputs" / "digit_5_grid.png").shape == (3 * HEIGHT + 2, 4 * WIDTH + 2)
+
+
+def test_largest_picture(monkeypatch):
+    """It has at most 1 GB, and every digit its own seed: torch uses 32 bits of a seed."""
+    largest = ["--count", "2500", "--scale", "20", "--seed", str(inference_ddpm.N_SEEDS - 1)]
+    monkeypatch.setattr(sys, "argv", ["inference_ddpm.py", *largest])
+    args = inference_ddpm.parse_args()
+    assert (50 * HEIGHT + 2) * (50 * WIDTH + 2) * args.scale**2 <= 1e9 and args.count == 50**2
+    assert 10 * args.seed + LAST < 2**32
+
+
+@pytest.mark.parametrize(("count", "threads"), [(1, 1), (15, 1), (16, 2), (47, 3), (300, 8)])
+def test_threads(quick, monkeypatch, draw, count, threads):
+    """One, and one more for every 16 images, but not more than there are."""
+    chosen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    assert draw(quick, "--count", count, "--steps", "1", "--scale", "1").returncode == 0
+    assert chosen[0] == threads
+
+
+@posix
+def test_progress_in_a_terminal(quick, monkeypatch, draw):
+    """One line that is overwritten at each step, and cleared at the end."""
+    import pty
+
+    terminal, end = pty.openpty()
+    with open(end, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        assert draw(quick, "--steps", "5").returncode == 0
+        before, *lines, last = os.read(terminal, 4096).decode().split("\r")
+    os.close(terminal)
+    clear = "\033[K"
+    assert before == "" and last == clear and all(line.startswith(clear) for line in lines)
+    assert [int(re.search(r"t = (\d+)", line)[1]) for line in lines] == [40, 26, 14, 6, 2, 0]
+
+
+def test_device(quick, monkeypatch, draw):
+    """The network is on the device that is picked. On meta it cannot be computed."""
+    assert_one_line_error(draw(quick, "--device", "quantum"), "quantum")
+    monkeypatch.setattr(ddpm_model, "pick_device", lambda name: torch.device("meta" if name == "auto" else "cpu"))
+    with pytest.raises(NotImplementedError):
+        draw(quick)
+
+
+def test_without_a_console(quick, monkeypatch, draw):
+    """As under pythonw, which has neither stdout nor stderr."""
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert draw(quick, "--steps", "1").returncode == 0
+    assert (quick / "generated_outputs" / "digit_5_grid.png").exists()
 
 
 # ---- Video
 
 
-def read_video(path: Path) -> tuple[list[np.ndarray], float, str]:
-    """(frames, frames a second, codec)."""
-    video = cv2.VideoCapture(str(path))
-    codec = int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode()
-    frames = [video.retrieve()[1] for _ in iter(video.grab, False)]
-    return frames, video.get(cv2.CAP_PROP_FPS), codec
-
-
-@pytest.mark.parametrize(("steps", "scale", "outdir"), [(40, 2, "generated_outputs"), (2, 1, "12:30"), (2, 1, "权重")])
-def test_video(quick, steps, scale, outdir, draw):
-    folder = quick / outdir
+def test_video(quick, monkeypatch, draw):
+    """Frame k shows t = n_T (1 - k / 120)^2, rounded, and below its images the text. The last one stays."""
+    folder = quick / "12:30 权重"
     try:
         folder.mkdir()
     except OSError:
         pytest.skip("no such names on this file system")
-    options = ("--steps", steps, "--scale", scale, "--outdir", outdir, "--count", "500000")  # count is of grids
-    result = draw(quick, "--video", "--seed", "1", *options)
+    shown = []
+    put_text = cv2.putText
+
+    def remember(frame, text, *args):
+        before = frame.astype(int)
+        after = put_text(frame, text, *args)
+        shown.append((int(text.removeprefix("t = ")), before, after.astype(int)))
+        return after
+
+    monkeypatch.setattr(cv2, "putText", remember)
+    result = draw(quick, "--video", "--seed", "1", "--scale", "2", "--outdir", folder.name)
     assert result.returncode == 0 and result.stderr == "", result.stderr
+    generator = torch.Generator().manual_seed(1)
+    denoised = load_ddpm(quick / "weights" / "ddpm_mnist.pth").denoise(range(N_CLASSES), generator=generator)
+    states = [np.array(image_grid(x, columns=5, scale=2)).astype(int) for x in denoised]
+    height = len(states[0])
+    assert len(shown) == 121
+    for k, (t, before, after) in enumerate(shown):
+        assert t == pytest.approx(40 * (1 - k / 120) ** 2, abs=0.501)
+        assert alike(before[:height], states[40 - t])
+        assert (after[:height] == before[:height]).all()
+        assert after[height:].any() and not after[-1].any()  # not cut off
+
     assert {path.name for path in folder.iterdir()} == {VIDEO, "denoising_process_0to9.gif"}
-    frames, fps, codec = read_video(shutil.copy(folder / VIDEO, quick / "copy.mp4"))
-    assert codec.upper() in ("VP90", "VP09")  # browsers play it
-    assert fps == inference_ddpm.FPS and len(frames) == inference_ddpm.N_FRAMES + 2 * fps
-    frames = np.stack(frames).astype(int)
-    assert frames.shape[1:] == (74 * scale, 152 * scale, 3)
-    assert np.abs(frames[-int(fps) :] - frames[-1]).mean() < 2  # at least the last second shows the finished digits
-    noise = frames[0][2 * scale : 30 * scale, 2 * scale : 30 * scale]
-    assert noise.std() > 60 and 100 < noise.mean() < 155  # pure noise, cut off at black and white
+    video = cv2.VideoCapture(shutil.copy(folder / VIDEO, quick / "copy.mp4"))
+    assert int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little") in (b"VP90", b"vp09")  # browsers play it
+    frames = np.stack([video.retrieve()[1][..., 0] for _ in iter(video.grab, False)]).astype(int)
+    assert video.get(cv2.CAP_PROP_FPS) == 30 and len(frames) == 121 + 2 * 30
+    for i, frame in enumerate(frames):
+        assert np.abs(frame - shown[min(i, 120)][2]).mean() < 12  # the codec loses some detail
 
     with Image.open(folder / "denoising_process_0to9.gif") as gif:
         durations = []
@@ -148,50 +217,7 @@ def test_video(quick, steps, scale, outdir, draw):
             gif.seek(i)
             durations.append(gif.info["duration"])
         assert gif.info["loop"] == 0 and sum(durations) == pytest.approx(6000, rel=0.1)
-        assert np.abs(np.array(gif.convert("L")) - frames[-1][..., 0]).mean() < 12  # in 16 grey levels
-
-
-def test_no_codec(quick, monkeypatch, draw):
-    real = cv2.VideoWriter
-    monkeypatch.setattr(cv2, "VideoWriter", lambda *args, **kwargs: real())
-    monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *code: 0)
-    result = draw(quick, "--video", "--steps", "2", "--scale", "1")
-    assert_one_line_error(result, "not all 181 frames", "OpenCV without VP9")
-
-
-def test_frames_show_their_timestep(quick, monkeypatch, draw):
-    """From n_T down to 0, few of them near n_T, and each with the images that belong to it."""
-    texts, pictures = [], []
-    put_text = cv2.putText
-
-    def remember(frame, text, *args):
-        texts.append(text)
-        pictures.append(frame[:62].copy())
-        return put_text(frame, text, *args)
-
-    monkeypatch.setattr(cv2, "putText", remember)
-    assert draw(quick, "--video", "--seed", "1", "--scale", "1").returncode == 0
-    assert len(texts) == inference_ddpm.N_FRAMES
-    timesteps = [int(text.removeprefix("t = ")) for text in texts]
-    assert timesteps[0] == 40 and timesteps[-1] == 0 and sorted(timesteps, reverse=True) == timesteps
-    assert timesteps.index(20) < len(timesteps) / 2
-    ddpm = load_ddpm(quick / "weights" / "ddpm_mnist.pth")
-    torch.manual_seed(1)
-    states = [np.array(image_grid(x, columns=5)).astype(int) for x in ddpm.denoise(range(N_CLASSES))]
-    # Threads round otherwise, and 2 % (5 of 255) from black is black.
-    assert all(np.abs(picture - states[40 - t]).max() < 8 for t, picture in zip(timesteps, pictures))
-
-
-def test_full_disk(quick, draw):
-    """OpenCV does not report it. The old video stays."""
-    (quick / "out").mkdir()
-    (quick / "out" / VIDEO).write_bytes(b"precious")
-    with file_limit(10_000):
-        result = draw(quick, "--video", "--steps", "2", "--scale", "1", "--outdir", "out")
-    assert_one_line_error(result, "frames")
-    assert result.stdout == ""
-    assert [path.name for path in (quick / "out").iterdir()] == [VIDEO]
-    assert (quick / "out" / VIDEO).read_bytes() == b"precious"
+        assert np.abs(np.array(gif.convert("L")) - shown[-1][2]).max() < 17  # 16 grey levels
 
 
 def test_without_opencv(quick, monkeypatch, draw):
@@ -220,24 +246,19 @@ def grids(workdir):
     return workdir / "generated_outputs"
 
 
-def test_stitching(workdir, call):
-    """0 to 4 are above 5 to 9."""
-    write_grids(workdir / "generated_outputs", (92, 62))
-    result = call(workdir, "stitch_images.py")
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+def test_stitching(workdir, monkeypatch, call):
+    """0 to 4 are above 5 to 9. The name says the format. Pillow's limit on pictures of others does not count."""
+    write_grids(workdir / "in", (92, 62))
     expected = np.repeat(np.repeat((20 * np.arange(10) + 10).reshape(2, 5), 92, axis=0), 62, axis=1)
-    assert (pixels(workdir / "combined_2x5_grid.png") == expected).all()
-    result = call(workdir, "stitch_images.py", "--indir", "generated_outputs", "--output", "new/sheet.png")
-    assert result.returncode == 0 and (pixels(workdir / "new" / "sheet.png") == expected).all()
-
-
-def test_format_of_the_sheet(workdir, grids, call):
-    """It is that of the name."""
-    for name, form in {"sheet.jpg": "JPEG", "sheet.png": "PNG"}.items():
-        assert call(workdir, "stitch_images.py", "--output", name).returncode == 0
+    for name, form in {"sheet.png": "PNG", "new/sheet.jpg": "JPEG"}.items():
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        result = call(workdir, "stitch_images.py", "--indir", "in", "--output", name)
+        assert result.returncode == 0 and result.stderr == "", result.stderr
         with Image.open(workdir / name) as sheet:
-            assert sheet.format == form and sheet.size == (5 * 92, 2 * 92)
-    assert_one_line_error(call(workdir, "stitch_images.py", "--output", "sheet.xyz"), "sheet.xyz", "extension")
+            assert sheet.format == form and np.abs(np.array(sheet).astype(int) - expected).mean() < 1
+    assert (pixels(workdir / "sheet.png") == expected).all()
+    result = call(workdir, "stitch_images.py", "--indir", "in", "--output", "sheet.xyz")
+    assert_one_line_error(result, "sheet.xyz", "extension")
 
 
 def test_stitching_needs_pillow_alone(workdir, grids):
@@ -248,80 +269,54 @@ def test_stitching_needs_pillow_alone(workdir, grids):
     assert result.returncode == 0 and (workdir / "combined_2x5_grid.png").exists(), result.stderr
 
 
-def picture(height: int, width: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((height, width), np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+BAD_GRIDS = {
+    "missing": lambda path: path.unlink(),
+    "foreign": lambda path: path.write_bytes(b"no picture"),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:60]),
+    "size": lambda path: Image.new("L", (62, 31)).save(path),
+}
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [(None, "No such file"), (b"", "cannot identify"), (b"no picture", "cannot identify"),
-     (picture(92, 92)[:60], "truncated"), (picture(62, 31), "not the size of digit_0_grid.png")],
-    ids=["missing", "empty", "foreign", "truncated", "another size"],
-)  # fmt: skip
-def test_bad_grids(workdir, grids, call, content, reason):
-    path = grids / "digit_2_grid.png"
-    path.unlink() if content is None else path.write_bytes(content)
+@pytest.mark.parametrize("kind", BAD_GRIDS)
+def test_bad_grids(workdir, grids, call, kind):
+    BAD_GRIDS[kind](grids / "digit_2_grid.png")
     (workdir / "combined_2x5_grid.png").write_bytes(b"precious")
-    assert_one_line_error(call(workdir, "stitch_images.py"), "digit_2_grid.png", reason)
+    assert_one_line_error(call(workdir, "stitch_images.py"), "digit_2_grid.png")
     assert (workdir / "combined_2x5_grid.png").read_bytes() == b"precious"
-
-
-def test_full_disk_while_stitching(workdir, grids, call):
-    (workdir / "combined_2x5_grid.png").write_bytes(b"precious")
-    before = set(workdir.iterdir())
-    with file_limit(200):
-        result = call(workdir, "stitch_images.py")
-    assert_one_line_error(result, "combined_2x5_grid.png", "too large")
-    assert (workdir / "combined_2x5_grid.png").read_bytes() == b"precious" and set(workdir.iterdir()) == before
 
 
 # ---- Bad input
 
 
 @pytest.mark.parametrize(
-    ("options", "allowed"),
-    [("--digit 10", "from 0 to 9"), ("--digit -1", "from 0 to 9"), ("--digit 5 x", "invalid int value: 'x'"),
-     ("--count 0", "from 1"), ("--count -3", "from 1"), ("--count 2.5", "invalid int value: '2.5'"),
-     ("--steps 0", "from 1"),
-     ("--scale 0", "from 1 to"), ("--scale -4", "from 1 to"), ("--guide-w nan", "from 0 to"),
-     ("--guide-w -1", "from 0 to"), ("--guide-w inf", "from 0 to"), ("--seed -1", "from 0 to"),
-     ("--eta 2", "from 0 to 1"), ("--device quantum", "device"), ("--count 100000000000", "from 1 to 1000000")],
+    "options",
+    [f"--digit {N_CLASSES}", "--digit -1", "--digit 5 x", "--count 0", "--count 2.5", "--count 2501", "--steps 0",
+     "--scale 0", "--scale 21", "--guide-w nan", "--guide-w -1", "--guide-w inf", "--seed -1",
+     f"--seed {inference_ddpm.N_SEEDS}", "--eta 2"],
 )  # fmt: skip
-def test_impossible_options(tmp_path, monkeypatch, draw, options, allowed):
+def test_impossible_options(tmp_path, monkeypatch, draw, options):
     monkeypatch.setattr(ddpm_model, "load_ddpm", None)  # it is not reached
     result = draw(tmp_path, *options.split())
-    assert result.returncode == 2 and allowed in result.stderr
+    assert result.returncode == 2 and options.split()[0] in result.stderr.splitlines()[-1]
 
 
-def test_more_steps_than_the_weights_have(quick, draw):
-    for mode in ((), ("--video",)):
-        assert_one_line_error(draw(quick, "--steps", "41", *mode), "steps must be in 1 .. 40, not 41")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"not weights"])
 @pytest.mark.parametrize("mode", [(), ("--video",)])
-def test_unusable_weights(workdir, content, mode, draw):
-    if content is not None:
-        (workdir / "bad.pth").write_bytes(content)
-    assert_one_line_error(draw(workdir, "--weights", "bad.pth", *mode), "bad.pth")
-    assert not (workdir / "generated_outputs").exists()
+def test_what_the_weights_do_not_allow(quick, mode, draw):
+    assert_one_line_error(draw(quick, "--steps", "41", *mode), "steps must be in 1 .. 40, not 41")
+    result = draw(quick, "--weights", "none.pth", "--outdir", "new", *mode)
+    assert_one_line_error(result, "none.pth", "python train_ddpm.py")
+    assert not (quick / "new").exists()
 
 
 DRAW = ("inference_ddpm.py", "--steps", "1")
+FILM = (*DRAW, "--video", "--scale", "1")
 STITCH = ("stitch_images.py",)
 
 
 @pytest.mark.parametrize(
     ("command", "named"),
-    [((*DRAW, "--outdir", "ddpm_model.py"), "ddpm_model.py"),
-     ((*DRAW, "--video", "--scale", "1", "--outdir", "ddpm_model.py"), "ddpm_model.py"),
-     ((*DRAW, "--outdir", TOO_LONG), TOO_LONG), ((*DRAW, "--weights", TOO_LONG), TOO_LONG),
-     ((*STITCH, "--output", "small/MNIST"), "small/MNIST"), ((*STITCH, "--output", f"{TOO_LONG}.png"), TOO_LONG),
-     ((*STITCH, "--output", "ddpm_model.py/sheet.png"), "ddpm_model.py"), ((*STITCH, "--indir", TOO_LONG), TOO_LONG),
-     (("train_ddpm.py", "--data-dir", TOO_LONG), TOO_LONG)],
-    ids=str,
+    [((*DRAW, "--outdir", "ddpm_model.py"), "ddpm_model.py"), ((*FILM, "--outdir", TOO_LONG), TOO_LONG),
+     ((*STITCH, "--output", "small/MNIST"), "small/MNIST"), ((*STITCH, "--indir", TOO_LONG), TOO_LONG)],
 )  # fmt: skip
 def test_impossible_paths(quick, grids, call, monkeypatch, command, named):
     """An output folder that cannot be made is found before anything is drawn."""
@@ -331,47 +326,34 @@ def test_impossible_paths(quick, grids, call, monkeypatch, command, named):
     assert (quick / "ddpm_model.py").read_bytes() == before and (quick / "small" / "MNIST" / "raw").is_dir()
 
 
+def test_full_disk(quick, grids, call):
+    """OpenCV does not report it. The old video stays."""
+    (grids / VIDEO).write_bytes(b"precious")
+    before = set(grids.iterdir())
+    with file_limit(100):
+        result = call(quick, *FILM)
+    assert_one_line_error(result, "frames")
+    assert result.stdout == "" and set(grids.iterdir()) == before and (grids / VIDEO).read_bytes() == b"precious"
+
+
 # ---- What all scripts share
 
-
-COMMANDS = {  # of a home folder and an output folder
-    "train": "train_ddpm.py {2} --epochs 1 --data-dir {0}/small --weights {0}/{1}/a.pth",
-    "inference": "inference_ddpm.py --digit 0 1 --steps 2 --weights {0}/weights/ddpm_mnist.pth --outdir {0}/{1}",
-    "stitch": "stitch_images.py --indir {0}/generated_outputs --output {0}/{1}/sheet.png",
+COMMANDS = {  # of a home folder; each with the file that it writes
+    "train_ddpm.py {1} --epochs 1 --data-dir {0}/small --weights {0}/new/a.pth": "a.pth",
+    "inference_ddpm.py --digit 0 1 --steps 2 --weights {0}/weights/other.pth --outdir {0}/new": "digit_1_grid.png",
+    "stitch_images.py --indir {0}/generated_outputs --output {0}/new/sheet.png": "sheet.png",
 }
-PRODUCTS = {"train": "a.pth", "inference": "digit_1_grid.png", "stitch": "sheet.png"}
 
 
-@pytest.fixture(params=COMMANDS)
-def script(request, quick, grids):
-    """(a function that gives a command, the name of the file that it writes), of each script."""
-
-    def command(out: str, home: str = ".") -> list[str]:
-        return COMMANDS[request.param].format(home, out, " ".join(SMALL_RUN)).split()
-
-    return command, PRODUCTS[request.param]
-
-
-def test_home(quick, tmp_path_factory, monkeypatch, call, script):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_home(quick, grids, tmp_path_factory, monkeypatch, call, command):
     """~ is expanded in all paths."""
-    command, product = script
     monkeypatch.setenv("HOME", str(quick))
     monkeypatch.setenv("USERPROFILE", str(quick))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    result = call(elsewhere, *command("new", home="~"))
+    result = call(elsewhere, *command.format("~", " ".join(SMALL_RUN)).split())
     assert result.returncode == 0, result.stderr
-    assert (quick / "new" / product).exists() and not list(elsewhere.iterdir())
-
-
-def test_output_is_a_link(quick, call, script):
-    """To a file, and to none yet. It stays a link."""
-    command, product = script
-    (quick / "old").write_bytes(b"old")
-    for target in (quick / "old", quick / "new"):
-        (quick / "out" / product).unlink(missing_ok=True)
-        link(quick / "out" / product, target)
-        assert call(quick, *command("out")).returncode == 0
-        assert (quick / "out" / product).is_symlink() and target.stat().st_size > 100
+    assert (quick / "new" / COMMANDS[command]).exists() and not list(elsewhere.iterdir())
 
 
 def test_from_another_folder(quick, tmp_path_factory):
@@ -382,46 +364,41 @@ def test_from_another_folder(quick, tmp_path_factory):
     assert result.returncode == 0 and (elsewhere / "generated_outputs" / "digit_5_grid.png").exists(), result.stderr
 
 
-@pytest.mark.parametrize("name", ["train_ddpm.py", "inference_ddpm.py", "stitch_images.py"])
-def test_help_has_defaults(tmp_path, call, name):
-    """Each option but --help says its default, and none says None."""
-    text = " ".join(call(tmp_path, name, "--help").stdout.split("options:")[1].split())
-    options = re.findall(r" (--[\w-]+) .*?(?= --|$)", text.replace("-h, --help", ""))
-    assert len(options) > 1 and text.count("(default: ") == len(set(options)) and "None" not in text
-
-
 # ---- What is shipped
 
 
 def test_shipped_weights():
-    """They draw what was asked for, as near to the test set as real digits; are small, and of the default network."""
-    labels = torch.arange(N_CLASSES).repeat(20)
-    digits = load_ddpm(WEIGHTS).sample(labels, steps=50, generator=torch.Generator().manual_seed(0))
-    features, seen = judge(load_classifier(), digits)
-    assert (seen == labels).double().mean() >= 0.98
-    real = torch.load(evaluate.FIXTURE, weights_only=True)
-    some = evaluate.first_of_each_class(real["train_labels"], 20)
-    of_real_digits = evaluate.frechet_distance(real["train"][some], real["test"])
-    assert evaluate.frechet_distance(features, real["test"]) < of_real_digits
-    assert WEIGHTS.stat().st_size <= 6e6
+    """They are of the default network, and read as what they are.
+
+    FID, 200 digits in 5 steps, six seeds: 0.20 to 0.30. With v read as eps: 0.80 to 1.15, and 93 % are recognised.
+    """
     config = torch.load(WEIGHTS, weights_only=True)["config"]
-    assert config["n_T"] == 400 and config["drop_prob"] == 0.1
+    default = DDPM(ContextUnet())
+    assert config == {"n_feat": default.nn_model.n_feat, "n_T": default.n_T, "drop_prob": default.drop_prob}
+    labels = torch.arange(N_CLASSES).repeat(20)
+    digits = load_ddpm(WEIGHTS).sample(labels, steps=5, generator=torch.Generator().manual_seed(0))
+    features, seen = judge(load_classifier(), digits)
+    assert (seen == labels).double().mean() >= 0.97
+    real = torch.load(evaluate.FIXTURE, weights_only=True)
+    assert evaluate.frechet_distance(features, real["test"].float()) < 0.5
+    assert WEIGHTS.stat().st_size <= 6e6
 
 
-def test_gallery_shows_each_digit():
-    """The tiles of the committed sheet are the digits that their places say."""
-    sheet = torch.from_numpy(pixels(GALLERY / "combined_2x5_grid.png"))[::4, ::4]  # undo --scale 4
-    cells = sheet.unflatten(0, (2, 92)).unflatten(2, (5, 92)).transpose(1, 2).flatten(0, 1)  # [10, 92, 92]
-    tiles = cells[:, 2:, 2:].unflatten(1, (3, 30)).unflatten(3, (3, 30))[:, :, :28, :, :28]  # [10, 3, 28, 3, 28]
-    images = tiles.transpose(2, 3).reshape(90, 1, 28, 28) / 255
-    _, seen = judge(load_classifier(), images)
-    assert (seen == torch.arange(10).repeat_interleave(9)).sum() >= 88
+def test_gallery(tmp_path, call):
+    """The tiles of the committed grids are the digits that the names say, and the sheet is made of them."""
+    seen = []
+    for digit in range(10):
+        grid = torch.from_numpy(pixels(GALLERY / f"digit_{digit}_grid.png"))[::4, ::4]  # undo --scale 4
+        tiles = grid[2:, 2:].unflatten(0, (3, HEIGHT)).unflatten(2, (3, WIDTH))[:, : HEIGHT - 2, :, : WIDTH - 2]
+        seen.append(judge(load_classifier(), tiles.transpose(1, 2).reshape(9, *IMAGE_SHAPE) / 255)[1])
+    assert (torch.cat(seen) == torch.arange(10).repeat_interleave(9)).sum() >= 88
+    call(tmp_path, "stitch_images.py", "--indir", GALLERY)
+    assert (pixels(tmp_path / "combined_2x5_grid.png") == pixels(GALLERY / "combined_2x5_grid.png")).all()
 
 
 def test_the_judge_knows_the_test_set():
     """The accuracy that tests/digit_classifier.py prints, from the committed predictions on the MNIST test set."""
-    real = torch.load(PROJECT / "tests" / "fixtures" / "mnist_features.pth", weights_only=True)
+    real = torch.load(evaluate.FIXTURE, weights_only=True)
     assert len(real["test_labels"]) == 10_000
     logits = load_classifier().head(real["test"].float())
     assert (logits.argmax(1) == real["test_labels"]).double().mean() >= 0.99
-    assert (PROJECT / "tests" / "fixtures" / "digit_classifier.pth").stat().st_size <= 500_000
