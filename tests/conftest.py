@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+
+from ddpm_model import IMAGE_SHAPE, N_CLASSES
 
 PROJECT = Path(__file__).resolve().parent.parent
 SMALL_RUN = ("--n-feat", "8", "--n-T", "40", "--batch-size", "16", "--data-dir", "small", "--device", "cpu")
@@ -22,24 +23,22 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs signals that Window
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so its children
 
 
-def write_idx(path: Path, tensor: Tensor) -> None:
-    """A uint8 tensor in the IDX format of MNIST: two zeros, 8 for uint8, the number of sizes, the sizes, the values."""
-    header = struct.pack(f">BBBB{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)
-    path.write_bytes(header + tensor.numpy().tobytes())
-
-
 def write_small_mnist(data_dir: Path, n_images: int = 64) -> None:
-    """All four files of MNIST: a bright bar at a height that is the label, and the image's number in a corner pixel."""
+    """What load_mnist reads: a bright bar at a height that is the label, and the image's number in a corner pixel.
+
+    All tests take their data from here. With a load_mnist of your own, change this function to what yours reads.
+    """
     raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    labels = (torch.arange(n_images) % 10).byte()
-    images = torch.zeros(n_images, 28, 28, dtype=torch.uint8)
-    images[:, 0, 0] = torch.arange(n_images)
+    labels = (torch.arange(n_images) % N_CLASSES).byte()
+    images = torch.zeros(n_images, *IMAGE_SHAPE, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(n_images)
     for image, label in zip(images, labels.tolist()):
-        image[2 * label + 3 : 2 * label + 6, 6:22] = 255
+        image[:, 2 * label + 3 : 2 * label + 6, 6:22] = 255
     for split in ("train", "t10k"):
-        write_idx(raw / f"{split}-images-idx3-ubyte", images)
-        write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
+        for name, tensor in (("images-idx3", images[:, 0]), ("labels-idx1", labels)):
+            header = struct.pack(f">BBBB{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)  # 8 is uint8
+            (raw / f"{split}-{name}-ubyte").write_bytes(header + tensor.numpy().tobytes())
 
 
 def fill(folder: Path) -> Path:
