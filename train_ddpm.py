@@ -118,10 +118,10 @@ def load_data(data_dir: str, device: torch.device, world: int) -> tuple[Tensor, 
     if world > 1 and is_first:
         dist.barrier()
 
-    classes = set(labels.tolist())
-    right = images.dtype == torch.uint8 and images.shape[1:] == IMAGE_SHAPE and len(images) == len(labels)
+    classes = set(labels.flatten().tolist())
+    right = images.dtype == torch.uint8 and images.shape[1:] == IMAGE_SHAPE and labels.shape == images.shape[:1]
     if not right or not classes <= set(range(N_CLASSES)):
-        found = f"{len(images)} images, {images.dtype}, {tuple(images.shape[1:])}, and {len(labels)} labels, {classes}"
+        found = f"images {images.dtype} {list(images.shape)}, labels {list(labels.shape)}, which are {classes}"
         raise UserError(f"images must be uint8 {IMAGE_SHAPE}, each with a label 0 .. {N_CLASSES - 1}; found: {found}")
     return images.to(device), labels.to(device, torch.int64)
 

@@ -225,7 +225,7 @@ def test_nan(workdir, monkeypatch, train):
     monkeypatch.setattr(DDPM, "forward", lambda self, x, c: forward(self, x, c) * next(factors))
     result = train(workdir, "--epochs", "3", "--save-every", "1", "--weights", "a.pth")
     assert_one_line_error(result, "nan", "epoch 2", "--lr")
-    assert result.stdout.startswith("the first save replaces a.pth; ")
+    assert result.stdout.startswith("the first save replaces the files of a.pth; ")
     assert read_state(workdir / "a.pth.train")["epoch"] == 1
 
 
@@ -272,7 +272,7 @@ def test_states_that_cannot_be_used(workdir, monkeypatch, train, call):
         assert_one_line_error(train(workdir, "--resume", option), STATE, reason)
     images, labels = train_ddpm.load_mnist(workdir / "small")
     monkeypatch.setattr(train_ddpm, "load_mnist", lambda data_dir: (255 - images, labels))
-    assert_one_line_error(train(workdir, "--resume"), STATE, "those here")
+    assert_one_line_error(train(workdir, "--resume"), STATE, "the data differ")
     assert contents(workdir) == before
     for state in ([], {}, read_state(workdir / WEIGHTS)):
         torch.save(state, workdir / STATE)
@@ -316,10 +316,11 @@ def test_damaged_data(workdir, train, download, name, damage):
 @pytest.mark.parametrize(
     "wrong",
     [lambda x, c: (x, c + 1), lambda x, c: (x, c.long() - 1), lambda x, c: (x, c[:-1]), lambda x, c: (x / 255, c),
-     lambda x, c: (x[..., 2:], c), lambda x, c: (x.repeat(1, 3, 1, 1), c), lambda x, c: (x[:, 0], c)],
+     lambda x, c: (x[..., 2:], c), lambda x, c: (x.repeat(1, 3, 1, 1), c), lambda x, c: (x[:, 0], c),
+     lambda x, c: (x, c[:, None])],
 )  # fmt: skip
 def test_data_that_do_not_fit(workdir, monkeypatch, train, wrong):
-    """Whatever loads them: labels out of range or too few, images of another size, of three channels, of floats."""
+    """Whatever loads them: labels out of range, too few or in columns; images of floats, another size, three channels."""
     data = wrong(*train_ddpm.load_mnist(workdir / "small"))
     monkeypatch.setattr(train_ddpm, "load_mnist", lambda data_dir: data)
     result = train(workdir, "--epochs", "1")
