@@ -320,7 +320,7 @@ def test_damaged_data(workdir, train, download, name, damage):
      lambda x, c: (x, c[:, None])],
 )  # fmt: skip
 def test_data_that_do_not_fit(workdir, monkeypatch, train, wrong):
-    """Whatever loads them: labels out of range, too few or in columns; images of floats, another size, three channels."""
+    """Whatever loads them: labels out of range, too few, in columns; images of floats, another size, three channels."""
     data = wrong(*train_ddpm.load_mnist(workdir / "small"))
     monkeypatch.setattr(train_ddpm, "load_mnist", lambda data_dir: data)
     result = train(workdir, "--epochs", "1")
