@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from PIL import Image
 
 import train_ddpm
 from ddpm_model import DDPM, IMAGE_SHAPE, N_CLASSES, UserError, load_ddpm
-from tests.conftest import PROJECT, SMALL_RUN, assert_one_line_error, fill, posix, run, write_small_mnist
+from tests.conftest import PROJECT, SMALL_RUN, assert_one_line_error, posix, run, write_small_mnist
 
 WEIGHTS = Path("weights/ddpm_mnist.pth")
 STATE = Path("weights/ddpm_mnist.pth.train")
@@ -26,6 +25,7 @@ RESUME = ("train_ddpm.py", "--device", "cpu", "--resume")
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 TWO_RANKS = PROJECT / "tests" / "two_ranks.py"
 N_BATCHES = 4  # of an epoch of SMALL_RUN
+OTHERS = {"epochs": 2, "batch_size": 32, "lr": 0.01, "drop_prob": 0.5, "n_feat": 16, "n_T": 50, "seed": 1}
 read_state = functools.partial(torch.load, weights_only=True)
 
 
@@ -74,9 +74,6 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-# ---- Learning
-
-
 def test_learns(workdir, call):
     """And all files lie beside the weights."""
     before = set(contents(workdir))
@@ -105,9 +102,7 @@ def test_learning_rate():
 
 
 def test_steps_of_a_run(workdir, monkeypatch, train, steps):
-    """The printed losses, the learning rate of the last step, and the average of the weights (as in Song & Ermon 2020,
-    arXiv:2006.09011, technique 5): after each step, w_ema = decay w_ema + (1 - decay) w.
-    """
+    """The printed losses, the learning rate of the last step, and the average of the weights."""
     monkeypatch.setattr(train_ddpm, "EMA_DECAY", 0.5)  # the bound of the last four steps
     result = train(workdir, "--epochs", "3", "--lr", "0.01")
     means = np.reshape([step["loss"] for step in steps], (3, N_BATCHES)).mean(axis=1)
@@ -118,7 +113,7 @@ def test_steps_of_a_run(workdir, monkeypatch, train, steps):
     average, *weights = [step["weights"] for step in steps] + [flat(parts["ddpm"].values())]
     for i, w in enumerate(weights):
         decay = min(0.5, (1 + i) / (10 + i))
-        average = decay * average + (1 - decay) * w
+        average = decay * average + (1 - decay) * w  # Song & Ermon 2020 (arXiv:2006.09011), technique 5
     torch.testing.assert_close(flat(parts["ema"].values()), average, rtol=1e-5, atol=1e-6)
     assert torch.equal(flat(load_ddpm(workdir / WEIGHTS).state_dict().values()), flat(parts["ema"].values()))
 
@@ -128,21 +123,17 @@ def test_images_and_noise_of_a_run(workdir, train, steps):
     for seed in (0, 1):
         assert train(workdir, "--epochs", "2", "--seed", seed).returncode == 0
     images, labels = train_ddpm.load_mnist(workdir / "small")
-    in_order = tuple(range(len(images)))
-    orders = {in_order}
+    orders = {tuple(range(len(images)))}  # that of the file; in the end also those of four epochs
     for epoch in np.reshape(steps, (4, N_BATCHES)):
         x = torch.cat([step["x"] for step in epoch])
         order = (255 * x[:, 0, 0, 0]).round().long()
         orders.add(tuple(order.tolist()))
-        assert tuple(order.sort().values.tolist()) == in_order
+        assert len(order.unique()) == len(images)
         torch.testing.assert_close(255 * x, images[order].float())
         assert torch.equal(torch.cat([step["c"] for step in epoch]), labels[order])
-    assert len(orders) == 5  # that of the file, and those of four epochs
+    assert len(orders) == 5
     assert len({step["random"] for step in steps}) == len(steps)
     assert not torch.equal(steps[0]["weights"], steps[2 * N_BATCHES]["weights"])
-
-
-OTHERS = {"epochs": 2, "batch_size": 32, "lr": 0.01, "drop_prob": 0.5, "n_feat": 16, "n_T": 50, "seed": 1}
 
 
 @pytest.mark.parametrize(("name", "value"), OTHERS.items())
@@ -176,43 +167,30 @@ def test_bfloat16_where_the_hardware_has_it(monkeypatch, device, hardware, expec
 
 # ---- Stopping and going on
 
-
-def stopping(method: str, call: int, sent: signal.Signals) -> str:
-    """Code that trains in fp32 and sends a signal to itself in a call of a method of DDPM, counted from 0."""
-    return f"""
-import contextlib, itertools, os, train_ddpm
-from ddpm_model import DDPM
-{method}, count = DDPM.{method}, itertools.count()
-def stops(self, *args, **options):
-    if next(count) == {call}:
-        os.kill(os.getpid(), {int(sent)})
-    return {method}(self, *args, **options)
-DDPM.{method} = stops
+KILLED = """
+import contextlib, os, signal, train_ddpm
 train_ddpm.autocast = lambda device: contextlib.nullcontext()
+train_ddpm.report = lambda epoch, epochs, **rest: os.kill(os.getpid(), signal.SIGKILL) if epoch == 8 else ""
 train_ddpm.main()
 """
 
 
 @posix
-def test_resume_is_exact(workdir, tmp_path_factory, monkeypatch, call, train):
-    """A run that was stopped in its first preview and killed in a step ends with the weights of one that was not.
-
-    State and weights are there before a preview. A resumed run has the options of the run before.
-    """
+def test_resume_is_exact(workdir, monkeypatch, call, train):
+    """A run that was stopped in its first preview and killed in a step ends with the weights of one that was not."""
+    monkeypatch.setattr(train_ddpm, "autocast", lambda device: contextlib.nullcontext())  # in fp32
     options = ("--epochs", "12", "--save-every", "3", "--lr", "0.003", "--drop-prob", "0.2", "--seed", "7")
-    result = run(workdir, "-c", stopping("sample", 0, signal.SIGINT), *SMALL_RUN, *options)
+    assert train(workdir, *options, "--weights", "whole.pth").returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(DDPM, "sample", lambda *args, **options: signal.raise_signal(signal.SIGINT))
+        result = train(workdir, *options)
     assert result.returncode == 130 and result.stderr == "\nstopped\n", result.stderr
     assert read_state(workdir / STATE)["epoch"] == 3 and (workdir / WEIGHTS).exists()
-    result = run(workdir, "-c", stopping("forward", 14, signal.SIGKILL), *RESUME[1:])
-    assert result.returncode == -signal.SIGKILL
-    assert read_state(workdir / STATE)["epoch"] == 6
-    monkeypatch.setattr(train_ddpm, "autocast", lambda device: contextlib.nullcontext())
+    assert run(workdir, "-c", KILLED, *RESUME[1:]).returncode == -signal.SIGKILL
     result = call(workdir, *RESUME)
     assert result.returncode == 0 and result.stdout.startswith("6 of 12 epochs are done"), result.stderr
-    whole = fill(tmp_path_factory.mktemp("whole"))
-    assert train(whole, *options).returncode == 0
-    for path in (STATE, WEIGHTS):
-        a, b = read_state(workdir / path), read_state(whole / path)
+    for path, whole in ((STATE, "whole.pth.train"), (WEIGHTS, "whole.pth")):
+        a, b = read_state(workdir / path), read_state(workdir / whole)
         assert a.pop("options", None) == b.pop("options", None)
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -220,9 +198,7 @@ def test_resume_is_exact(workdir, tmp_path_factory, monkeypatch, call, train):
 def test_nan(workdir, monkeypatch, train):
     """It ends the run, and is not saved. The first save replaces what is there, and it is said before."""
     (workdir / "a.pth").touch()
-    factors = itertools.chain(6 * [1], itertools.repeat(float("nan")))
-    forward = DDPM.forward
-    monkeypatch.setattr(DDPM, "forward", lambda self, x, c: forward(self, x, c) * next(factors))
+    monkeypatch.setattr(train_ddpm, "learning_rate", lambda step, *args: 0.001 if step < 6 else float("nan"))
     result = train(workdir, "--epochs", "3", "--save-every", "1", "--weights", "a.pth")
     assert_one_line_error(result, "nan", "epoch 2", "--lr")
     assert result.stdout.startswith("the first save replaces the files of a.pth; ")
@@ -231,9 +207,8 @@ def test_nan(workdir, monkeypatch, train):
 
 @pytest.mark.parametrize(("suffix", "saved"), [(".train", 1), (".pth", 2), (".png", 2)])
 def test_saves_fail(workdir, monkeypatch, train, suffix, saved):
-    """The run goes on, but after the last epoch it is an error. What was saved before stays whole."""
+    """The run goes on, but after the last epoch it is an error. The state of the last good save stays."""
     assert train(workdir, "--epochs", "1").returncode == 0
-    before = contents(workdir)
     replace = os.replace
 
     def refused(source, target):
@@ -247,7 +222,6 @@ def test_saves_fail(workdir, monkeypatch, train, suffix, saved):
     assert len(losses(result.stdout)) == 2
     assert_one_line_error(result, "Operation not permitted")
     assert read_state(workdir / STATE)["epoch"] == saved
-    assert all(path.suffix != suffix or path.read_bytes() == content for path, content in before.items())
 
 
 def test_finished_run(workdir, train, call):
@@ -265,11 +239,9 @@ def test_states_that_cannot_be_used(workdir, monkeypatch, train, call):
     """Missing or damaged, of another network or of other data: one line, and nothing is replaced."""
     assert_one_line_error(call(workdir, *RESUME), STATE, "No such file")
     assert train(workdir, "--epochs", "1").returncode == 0
-    write_small_mnist(workdir / "other", n_images=50)
     before = contents(workdir)
-    reasons = {"--n-feat=16": "size mismatch", "--n-T=50": "size mismatch", "--data-dir=other": "50"}
-    for option, reason in reasons.items():
-        assert_one_line_error(train(workdir, "--resume", option), STATE, reason)
+    for option in ("--n-feat=16", "--n-T=50"):
+        assert_one_line_error(train(workdir, "--resume", option), STATE, "size mismatch")
     images, labels = train_ddpm.load_mnist(workdir / "small")
     monkeypatch.setattr(train_ddpm, "load_mnist", lambda data_dir: (255 - images, labels))
     assert_one_line_error(train(workdir, "--resume"), STATE, "the data differ")
@@ -308,9 +280,8 @@ def test_download(workdir, train, download):
 def test_damaged_data(workdir, train, download, name, damage):
     path = workdir / "small" / "MNIST" / "raw" / name
     path.write_bytes(damage(path.read_bytes()))
-    before = contents(workdir / "small")
     assert_one_line_error(train(workdir), "no training data (", path.parent.relative_to(workdir), name)
-    assert contents(workdir / "small") == before and not download.called
+    assert not download.called
 
 
 @pytest.mark.parametrize(
@@ -323,8 +294,7 @@ def test_data_that_do_not_fit(workdir, monkeypatch, train, wrong):
     """Whatever loads them: labels out of range, too few, in columns; images of floats, another size, three channels."""
     data = wrong(*train_ddpm.load_mnist(workdir / "small"))
     monkeypatch.setattr(train_ddpm, "load_mnist", lambda data_dir: data)
-    result = train(workdir, "--epochs", "1")
-    assert_one_line_error(result, f"images must be uint8 {IMAGE_SHAPE}, each with a label 0 .. {N_CLASSES - 1}")
+    assert_one_line_error(train(workdir), "images must be uint8", "each with a label")
 
 
 @pytest.mark.parametrize(
@@ -345,42 +315,26 @@ def test_impossible_options(workdir, train, status, option):
 # ---- Several processes
 
 
-def torchrun(cwd: Path, *command: str):
-    if not dist.is_available() or sys.platform == "win32":
-        pytest.skip("no torch.distributed with gloo here")
-    return run(cwd, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command, OMP_NUM_THREADS="1")
-
-
-def test_two_ranks(workdir, tmp_path_factory):
-    """They share the batches of a run alone, visit no image twice in an epoch, stay identical, and have other noise.
-
-    With the same noise on each image, their gradients are those of the whole batch.
-    """
-    options = [*SMALL_RUN, "--batch-size", "12", "--epochs", "2"]  # 64 images: 4 are left over
-    result = torchrun(workdir, TWO_RANKS, *options)
+@pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="no torch.distributed with gloo here")
+def test_two_ranks(workdir):
+    """They share the batches of a run alone, stay identical, and have other noise."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    options = (*SMALL_RUN, "--batch-size", "12", "--epochs", "2")  # 64 images: 4 are left over
+    assert run(workdir, TWO_RANKS, *options).returncode == 0
+    whole = read_state(workdir / "seen_by_0.pt")
+    result = run(workdir, *torchrun, TWO_RANKS, *options)
     assert result.returncode == 0, result.stderr
     assert len(losses(result.stdout)) == 2 and result.stdout.count("saved") == 1
-    alone = fill(tmp_path_factory.mktemp("alone"))
-    assert run(alone, TWO_RANKS, *options).returncode == 0
 
-    paths = (workdir / "seen_by_0.pt", workdir / "seen_by_1.pt", alone / "seen_by_0.pt")
-    first, second, whole = (read_state(path) for path in paths)
+    first, second = (read_state(workdir / f"seen_by_{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
     shared = torch.cat([first["numbers"], second["numbers"]], dim=1)  # [10, 12]
     assert torch.equal(shared.sort().values, whole["numbers"].sort().values)
-    assert all(len(epoch.unique()) == 60 for epoch in shared.view(2, 60))
     assert len(set(first["noise"][::5] + second["noise"][::5])) == 4  # where an epoch begins
+    # With the same noise on each image, the gradients are those of the whole batch.
     assert (first["gradients"] - whole["gradients"]).norm() < 2e-4 * whole["gradients"].norm()
-    result = torchrun(workdir, *RESUME, "--epochs", "3")
+    result = run(workdir, *torchrun, *RESUME, "--epochs", "3")
     assert result.returncode == 0 and len(losses(result.stdout)) == 1, result.stderr
-
-
-def test_a_rank_that_fails(workdir):
-    """It ends the run, the reason is seen, and what was saved is whole."""
-    options = [*SMALL_RUN, "--batch-size", "12", "--epochs", "1000", "--save-every", "1"]
-    result = torchrun(workdir, TWO_RANKS, "--fail", *options)
-    assert result.returncode != 0 and "CUDA out of memory" in result.stderr
-    load_ddpm(workdir / WEIGHTS)
 
 
 @pytest.mark.parametrize(("n_gpus", "device", "expected"), [(4, "cuda", [3, "joined"]), (0, "cpu", ["joined"])])
