@@ -64,9 +64,8 @@ def expected_grid(folder: Path, digit=5, count=9, seed=1, scale=4, weights="weig
 
 @pytest.mark.parametrize(
     "option",
-    [{}, {"guide_w": 0}, {"guide_w": 9.0}, {"steps": 3}, {"eta": 0.0}, {"eta": 0.5}, {"count": 1}, {"count": 7},
-     {"scale": 1}, {"digit": 0}, {"digit": LAST}, {"seed": 0}, {"seed": inference_ddpm.N_SEEDS - 1},
-     {"weights": "weights/other.pth"}],
+    [{}, {"guide_w": 0}, {"guide_w": 9.0}, {"steps": 3}, {"eta": 0.0}, {"count": 1}, {"count": 7}, {"scale": 1},
+     {"digit": LAST}, {"seed": 0}, {"seed": inference_ddpm.N_SEEDS - 1}, {"weights": "weights/other.pth"}],
     ids=str,
 )  # fmt: skip
 def test_every_option_acts(quick, draw, option):
@@ -92,13 +91,11 @@ def test_several_digits(quick, draw):
 
 def test_seed_is_said(quick, draw):
     """It is another one each time, and repeats the picture, byte for byte."""
-    path = quick / "generated_outputs" / "digit_5_grid.png"
+    name = "digit_5_grid.png"
     seeds = [re.search(r"\(seed (\d+)\)", draw(quick, "--steps", "3").stdout)[1] for _ in range(2)]
-    picture = path.read_bytes()
-    draw(quick, "--steps", "3", "--seed", seeds[0])
-    assert path.read_bytes() != picture
-    draw(quick, "--steps", "3", "--seed", seeds[1])
-    assert path.read_bytes() == picture
+    assert seeds[0] != seeds[1]
+    draw(quick, "--steps", "3", "--seed", seeds[1], "--outdir", "new")
+    assert (quick / "new" / name).read_bytes() == (quick / "generated_outputs" / name).read_bytes()
     assert 10 * (inference_ddpm.N_SEEDS - 1) + LAST < 2**32  # torch uses 32 bits of a seed
 
 
@@ -193,13 +190,10 @@ def test_video(quick, monkeypatch, draw):
 
 
 def test_without_opencv(quick, monkeypatch, draw):
-    """As on a system without libGL. Nothing is drawn for it."""
-    (quick / "broken").mkdir()
-    (quick / "broken" / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open')", encoding="utf-8")
-    monkeypatch.syspath_prepend(quick / "broken")
-    monkeypatch.delitem(sys.modules, "cv2")
+    """Nothing is drawn for a video that cannot be made."""
+    monkeypatch.setitem(sys.modules, "cv2", None)
     monkeypatch.setattr(DDPM, "denoise", None)
-    assert_one_line_error(draw(quick, "--video"), "libGL.so.1")
+    assert_one_line_error(draw(quick, "--video"), "cv2")
     assert not list((quick / "generated_outputs").iterdir())
 
 
@@ -217,15 +211,12 @@ def grids(workdir):
 
 
 def test_stitching(workdir, grids, monkeypatch, call):
-    """0 to 4 are above 5 to 9. The name says the format. Pillow's limit on pictures of others does not count."""
+    """0 to 4 are above 5 to 9. Pillow's limit on pictures of others does not count."""
     expected = (20 * np.arange(10) + 10).reshape(2, 5).repeat(92, axis=0).repeat(62, axis=1)
-    for name, form in {"sheet.png": "PNG", "new/sheet.jpg": "JPEG"}.items():
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-        result = call(workdir, "stitch_images.py", "--output", name)
-        assert result.returncode == 0 and result.stderr == "", result.stderr
-        with Image.open(workdir / name) as sheet:
-            assert sheet.format == form and np.abs(np.array(sheet).astype(int) - expected).mean() < 1
-    assert (pixels(workdir / "sheet.png") == expected).all()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    result = call(workdir, "stitch_images.py", "--output", "new/sheet.png")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert (pixels(workdir / "new" / "sheet.png") == expected).all()
 
 
 def test_stitching_needs_pillow_alone(workdir, grids):
@@ -236,30 +227,25 @@ def test_stitching_needs_pillow_alone(workdir, grids):
     assert result.returncode == 0 and (workdir / "combined_2x5_grid.png").exists(), result.stderr
 
 
-BAD_GRIDS = {
-    "missing": lambda path: path.unlink(),
-    "foreign": lambda path: path.write_bytes(b"no picture"),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:60]),
-    "size": lambda path: Image.new("L", (62, 31)).save(path),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_GRIDS)
-def test_bad_grids(workdir, grids, call, kind):
-    BAD_GRIDS[kind](grids / "digit_2_grid.png")
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda path: path.write_bytes(b"no picture"), lambda path: path.write_bytes(path.read_bytes()[:60]),
+     lambda path: Image.new("L", (62, 31)).save(path)],
+)  # fmt: skip
+def test_bad_grids(workdir, grids, call, damage):
+    damage(grids / "digit_2_grid.png")
     (workdir / "combined_2x5_grid.png").write_bytes(b"precious")
     assert_one_line_error(call(workdir, "stitch_images.py"), "digit_2_grid.png")
     assert (workdir / "combined_2x5_grid.png").read_bytes() == b"precious"
 
 
-# ---- Bad input
+# ---- Bad input, a full disk, other folders
 
 
 @pytest.mark.parametrize(
     "options",
-    [f"--digit {N_CLASSES}", "--digit -1", "--count 0", "--count 2501", "--steps 0",
-     "--scale 0", "--scale 21", "--guide-w nan", "--guide-w -1", "--guide-w inf", "--seed -1",
-     f"--seed {inference_ddpm.N_SEEDS}", "--eta 2"],
+    [f"--digit {N_CLASSES}", "--digit -1", "--count 0", "--count 2501", "--steps 0", "--scale 0", "--scale 21",
+     "--guide-w nan", "--guide-w -1", "--guide-w inf", "--seed -1", f"--seed {inference_ddpm.N_SEEDS}", "--eta 2"],
 )  # fmt: skip
 def test_impossible_options(tmp_path, monkeypatch, draw, options):
     monkeypatch.setattr(ddpm_model, "load_ddpm", None)  # it is not reached
@@ -267,19 +253,17 @@ def test_impossible_options(tmp_path, monkeypatch, draw, options):
     assert result.returncode == 2 and options.split()[0] in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("mode", [(), ("--video",)])
-def test_what_the_weights_do_not_allow(quick, mode, draw):
-    assert_one_line_error(draw(quick, "--steps", "41", *mode), "steps must be in 1 .. 40, not 41")
-    result = draw(quick, "--weights", "none.pth", "--outdir", "new", *mode)
+def test_what_the_weights_do_not_allow(quick, draw):
+    assert_one_line_error(draw(quick, "--steps", "41"), "steps must be in 1 .. 40, not 41")
+    result = draw(quick, "--weights", "none.pth", "--outdir", "new")
     assert_one_line_error(result, "none.pth", "python train_ddpm.py")
     assert not (quick / "new").exists()
 
 
 @pytest.mark.parametrize(
     ("script", "option", "path"),
-    [("inference_ddpm.py", "--outdir", "ddpm_model.py"), ("inference_ddpm.py", "--outdir", TOO_LONG),
-     ("stitch_images.py", "--indir", TOO_LONG), ("stitch_images.py", "--output", "small"),
-     ("stitch_images.py", "--output", "sheet.xyz")],
+    [("inference_ddpm.py", "--outdir", "ddpm_model.py"), ("stitch_images.py", "--indir", TOO_LONG),
+     ("stitch_images.py", "--output", "small"), ("stitch_images.py", "--output", "sheet.xyz")],
 )  # fmt: skip
 def test_impossible_paths(quick, grids, call, monkeypatch, script, option, path):
     """An output folder that cannot be made is found before anything is drawn."""
@@ -290,31 +274,25 @@ def test_impossible_paths(quick, grids, call, monkeypatch, script, option, path)
 def test_full_disk(quick, grids, draw):
     """OpenCV does not report it. The old video stays."""
     (grids / VIDEO).write_bytes(b"precious")
-    before = set(grids.iterdir())
     with file_limit(100):
         result = draw(quick, "--video", "--steps", "1", "--scale", "1")
     assert_one_line_error(result, "frames")
-    assert result.stdout == "" and set(grids.iterdir()) == before and (grids / VIDEO).read_bytes() == b"precious"
+    assert result.stdout == "" and (grids / VIDEO).read_bytes() == b"precious"
 
 
-# ---- What all scripts share
-
-COMMANDS = {  # of a home folder; each with the file that it writes
-    "train_ddpm.py {1} --epochs 1 --data-dir {0}/small --weights {0}/new/a.pth": "a.pth",
-    "inference_ddpm.py --digit 0 1 --steps 2 --weights {0}/weights/other.pth --outdir {0}/new": "digit_1_grid.png",
-    "stitch_images.py --indir {0}/generated_outputs --output {0}/new/sheet.png": "sheet.png",
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    ["train_ddpm.py {1} --epochs 1 --data-dir {0}/small --weights {0}/new/a.pth",
+     "inference_ddpm.py --digit 0 1 --steps 2 --weights {0}/weights/other.pth --outdir {0}/new",
+     "stitch_images.py --indir {0}/generated_outputs --output {0}/new/sheet.png"],
+)  # fmt: skip
 def test_home(quick, grids, tmp_path_factory, monkeypatch, call, command):
     """~ is expanded in all paths."""
     monkeypatch.setenv("HOME", str(quick))
     monkeypatch.setenv("USERPROFILE", str(quick))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     result = call(elsewhere, *command.format("~", " ".join(SMALL_RUN)).split())
-    assert result.returncode == 0, result.stderr
-    assert (quick / "new" / COMMANDS[command]).exists() and not list(elsewhere.iterdir())
+    assert result.returncode == 0 and list((quick / "new").iterdir()) and not list(elsewhere.iterdir()), result.stderr
 
 
 def test_from_another_folder(quick, tmp_path_factory):
@@ -329,10 +307,7 @@ def test_from_another_folder(quick, tmp_path_factory):
 
 
 def test_shipped_weights():
-    """They are of the default network, and read as what they are.
-
-    FID, 200 digits in 5 steps, six seeds: 0.20 to 0.30. With v read as eps: 0.80 to 1.15, and 93 % are recognised.
-    """
+    """They are of the default network, and read as what they are."""
     config = torch.load(WEIGHTS, weights_only=True)["config"]
     default = DDPM(ContextUnet())
     assert config == {"n_feat": default.nn_model.n_feat, "n_T": default.n_T, "drop_prob": default.drop_prob}
@@ -341,6 +316,7 @@ def test_shipped_weights():
     features, seen = judge(load_classifier(), digits)
     assert (seen == labels).double().mean() >= 0.97
     real = torch.load(evaluate.FIXTURE, weights_only=True)
+    # FID, 200 digits in 5 steps, six seeds: 0.20 to 0.30. With v read as eps: 0.80 to 1.15, and 93 % are recognised.
     assert evaluate.frechet_distance(features, real["test"].float()) < 0.5
     logits = load_classifier().head(real["test"].float())
     assert (logits.argmax(1) == real["test_labels"]).double().mean() >= 0.99  # of the judge itself
