@@ -3,15 +3,18 @@
     python -m tests.benchmark                     # on the GPU if there is one
     python -m tests.benchmark --device cpu
 
-Each time is the median of repeated runs after one that is not counted. Training needs no data set here: noise costs the
-same. `time python inference_ddpm.py` measures a whole command, with the start of Python.
+Each time is the median of repeated runs after one that is not counted. Training takes noise: it costs the same.
 """
 
 import argparse
 import copy
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -20,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_ddpm
 from ddpm_model import DDPM, IMAGE_SHAPE, N_CLASSES, ContextUnet, one_line_errors, pick_device
 
+PROJECT = Path(__file__).resolve().parent.parent
 N_IMAGES = 60_000  # of an epoch
 
 
@@ -74,7 +78,11 @@ def main() -> None:
         print(f"nine digits, {steps} steps: {seconds(lambda s=steps: ddpm.sample(nine, steps=s), device):.2f} s")
     many = torch.arange(N_CLASSES, device=device).repeat(10 if device.type == "cpu" else 400)
     rate = len(many) / seconds(lambda: ddpm.sample(many, steps=50), device, runs=3)
-    print(f"batches of {len(many)}, 50 steps: {rate:.0f} digits a second")
+    print(f"batches of {len(many)}, 50 steps: {rate:.0f} digits a second", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "inference_ddpm.py", "--device", str(device), "--outdir", folder]
+        whole = seconds(lambda: subprocess.run(command, cwd=PROJECT, check=True, capture_output=True), device, runs=3)
+    print(f"the whole command, nine digits: {whole:.1f} s")
 
 
 if __name__ == "__main__":

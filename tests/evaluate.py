@@ -50,10 +50,7 @@ def share_inside(points: Tensor, of: Tensor, k: int = 3) -> float:
 
 
 def told_apart(a: Tensor, b: Tensor) -> float:
-    """Accuracy of a small CNN that tells images a from images b, both [N,1,28,28] in [0, 1].
-
-    It learns from the images with even numbers and is tested on those with odd ones.
-    """
+    """Accuracy of a small CNN that learns from the even images of a and b [N,1,28,28] to tell the odd ones apart."""
     torch.manual_seed(0)
     x = torch.cat([a, b])
     y = torch.arange(2).repeat_interleave(len(a))
@@ -75,10 +72,7 @@ def random_of_each_class(labels: Tensor, n: int) -> Tensor:
 
 
 def load(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
-    """Images [N,1,28,28] in [0, 1] and labels [N] of MNIST's training or test set. Downloads MNIST where it is missing.
-
-    Raises UserError.
-    """
+    """MNIST, downloaded where it is missing: images [N,1,28,28] in [0, 1] and labels [N]. Raises UserError."""
     from torchvision.datasets import MNIST  # slow to import
 
     raw = Path(data_dir, "MNIST", "raw")

@@ -20,39 +20,29 @@ def folder(tmp_path):
 
 
 def test_frechet_distance_of_gaussians():
-    """Between N(m, s^2 I) and N(0, I) in d dimensions it is |m|^2 + d (s - 1)^2."""
+    """Between N(m, A^2) and N(0, I) it is |m|^2 and the sum of (s - 1)^2 over the eigenvalues s of A, here 3, 1, 2."""
     a, b = torch.randn(2, 200_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(2 * a + torch.tensor([1.0, 2.0, 0.0]), b) == pytest.approx(5 + 3, rel=0.02)
-
-
-def test_frechet_distance_of_rotated_sets():
-    a, b = torch.randn(2, 500, 4, dtype=torch.float64)
-    b = b @ torch.randn(4, 4, dtype=torch.float64)
-    q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
-    assert frechet_distance(a @ q, b @ q) == pytest.approx(frechet_distance(a, b))
+    A = torch.tensor([[2.0, 1, 0], [1, 2, 0], [0, 0, 2]], dtype=torch.float64)
+    assert frechet_distance(a @ A + torch.tensor([1.0, 2.0, 0.0]), b) == pytest.approx(5 + 5, rel=0.02)
 
 
 def test_precision_and_recall_of_known_sets():
     line = torch.arange(100.0)[:, None]  # the third neighbour is 2 away, or 3 at the ends
     assert share_inside(line, line) == 1
     assert share_inside(torch.tensor([[50.5], [1000.0], [-2.5], [-4.0]]), line) == 0.5
-    half = line[:50]  # of what is real: all precise, half recalled and 50, 51 and 52, within 3 of 49, the end
-    assert share_inside(half, line) == 1 and share_inside(line, half) == 0.53
+    assert share_inside(line[:50], line) == 1 and share_inside(line, line[:50]) == 0.53  # 52 is within 3 of 49, the end
 
 
 def test_spread():
     """Two images of each class, 3 and 4 apart in two pixels: at distance 5; and at 0."""
-    images = torch.zeros(4, 1, 28, 28)
-    images[1, 0, 0, :2] = torch.tensor([3.0, 4.0])
-    assert spread(images, 2) == pytest.approx(2.5)
+    assert spread(torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0], [1.0, 1.0]]), 2) == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize(("brightness", "low", "high"), [(1.0, 0.35, 0.65), (0.5, 0.95, 1.0)])
-def test_two_sample_test(brightness, low, high):
+def test_two_sample_test():
     """Two sets from one distribution cannot be told apart, and sets of another brightness can."""
     a, b = torch.rand(2, 400, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    assert low <= told_apart(a, brightness * b) <= high
+    assert 0.35 <= told_apart(a, b) <= 0.65 and told_apart(a, b / 2) >= 0.95
 
 
 def test_figures_of_real_images():

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import ddpm_model
 import inference_ddpm
@@ -51,7 +51,7 @@ def draw(call):
     return lambda cwd, *options: call(cwd, "inference_ddpm.py", *options)
 
 
-# ---- Drawing
+# ---- Grids and video
 
 
 def expected_grid(folder: Path, digit=5, count=9, seed=1, scale=4, weights="weights/ddpm_mnist.pth", **options):
@@ -64,25 +64,18 @@ def expected_grid(folder: Path, digit=5, count=9, seed=1, scale=4, weights="weig
 
 @pytest.mark.parametrize(
     "option",
-    [{}, {"guide_w": 0}, {"guide_w": 9.0}, {"steps": 3}, {"eta": 0.0}, {"eta": 0.5}, {"count": 1}, {"count": 7},
-     {"scale": 1}, {"digit": 0}, {"digit": LAST}, {"seed": 0}, {"seed": inference_ddpm.N_SEEDS - 1},
-     {"weights": "weights/other.pth"}],
+    [{}, {"guide_w": 0}, {"guide_w": 9.0}, {"steps": 3}, {"eta": 0.0}, {"count": 1}, {"count": 7}, {"scale": 1},
+     {"digit": LAST}, {"seed": 0}, {"seed": inference_ddpm.N_SEEDS - 1}, {"weights": "weights/other.pth"}],
     ids=str,
 )  # fmt: skip
 def test_every_option_acts(quick, draw, option):
-    """The same options draw the same file, byte for byte, and another value of one draws what it says."""
-    path = quick / "generated_outputs" / f"digit_{option.get('digit', 5)}_grid.png"
-    command = ["--seed", "1"]
-    for name, value in option.items():
-        command += [f"--{name.replace('_', '-')}", value]
-    contents = []
-    for _ in range(2):
-        result = draw(quick, *command)
-        assert result.returncode == 0 and result.stderr == "", result.stderr
-        contents.append(path.read_bytes())
-    assert contents[0] == contents[1]
-    assert alike(pixels(path), expected_grid(quick, **option))
-    assert alike(pixels(path), expected_grid(quick)) == (option == {})
+    """Another value of one option draws what it says."""
+    command = [f"--{name.replace('_', '-')}={value}" for name, value in ({"seed": 1} | option).items()]
+    result = draw(quick, *command)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    picture = pixels(quick / "generated_outputs" / f"digit_{option.get('digit', 5)}_grid.png")
+    assert alike(picture, expected_grid(quick, **option))
+    assert alike(picture, expected_grid(quick)) == (option == {})
 
 
 def test_several_digits(quick, draw):
@@ -97,35 +90,24 @@ def test_several_digits(quick, draw):
 
 
 def test_seed_is_said(quick, draw):
-    """It is another one each time, and repeats the picture."""
-    path = quick / "generated_outputs" / "digit_5_grid.png"
+    """It is another one each time, and repeats the picture, byte for byte."""
+    name = "digit_5_grid.png"
     seeds = [re.search(r"\(seed (\d+)\)", draw(quick, "--steps", "3").stdout)[1] for _ in range(2)]
     assert seeds[0] != seeds[1]
-    assert alike(pixels(path), expected_grid(quick, seed=int(seeds[1]), steps=3))
+    draw(quick, "--steps", "3", "--seed", seeds[1], "--outdir", "new")
+    assert (quick / "new" / name).read_bytes() == (quick / "generated_outputs" / name).read_bytes()
+    assert 10 * (inference_ddpm.N_SEEDS - 1) + LAST < 2**32  # torch uses 32 bits of a seed
 
 
 def test_many_digits(quick, monkeypatch, draw):
     """They are drawn in batches."""
     sizes = []
+    denoise = DDPM.denoise
     monkeypatch.setattr(inference_ddpm, "BATCH_SIZE", 4)
-
-    def remember(module, inputs) -> None:
-        if isinstance(module, ContextUnet):
-            sizes.append(len(inputs[0]))
-
-    with torch.nn.modules.module.register_module_forward_pre_hook(remember):
-        assert draw(quick, "--count", "10", "--steps", "1", "--scale", "1", "--guide-w", "0").returncode == 0
+    monkeypatch.setattr(DDPM, "denoise", lambda self, c, **_: sizes.append(len(c)) or denoise(self, c, steps=1))
+    assert draw(quick, "--count", "10", "--steps", "1", "--scale", "1").returncode == 0
     assert sizes == [4, 4, 2]
     assert pixels(quick / "generated_outputs" / "digit_5_grid.png").shape == (3 * HEIGHT + 2, 4 * WIDTH + 2)
-
-
-def test_largest_picture(monkeypatch):
-    """It has at most 1 GB, and every digit its own seed: torch uses 32 bits of a seed."""
-    largest = ["--count", "2500", "--scale", "20", "--seed", str(inference_ddpm.N_SEEDS - 1)]
-    monkeypatch.setattr(sys, "argv", ["inference_ddpm.py", *largest])
-    args = inference_ddpm.parse_args()
-    assert (50 * HEIGHT + 2) * (50 * WIDTH + 2) * args.scale**2 <= 1e9 and args.count == 50**2
-    assert 10 * args.seed + LAST < 2**32
 
 
 @pytest.mark.parametrize(("count", "threads"), [(1, 1), (15, 1), (16, 2), (47, 3), (300, 8)])
@@ -170,24 +152,15 @@ def test_without_a_console(quick, monkeypatch, draw):
     assert (quick / "generated_outputs" / "digit_5_grid.png").exists()
 
 
-# ---- Video
-
-
 def test_video(quick, monkeypatch, draw):
     """Frame k shows t = n_T (1 - k / 120)^2, rounded, and below its images the text. The last one stays."""
-    folder = quick / "12:30 权重"
-    try:
-        folder.mkdir()
-    except OSError:
-        pytest.skip("no such names on this file system")
+    folder = quick / ("权重" if os.name == "nt" else "12:30 权重")
     shown = []
     put_text = cv2.putText
 
     def remember(frame, text, *args):
-        before = frame.astype(int)
-        after = put_text(frame, text, *args)
-        shown.append((int(text.removeprefix("t = ")), before, after.astype(int)))
-        return after
+        shown.append((int(text.removeprefix("t = ")), put_text(frame, text, *args)))
+        return frame
 
     monkeypatch.setattr(cv2, "putText", remember)
     result = draw(quick, "--video", "--seed", "1", "--scale", "2", "--outdir", folder.name)
@@ -197,11 +170,10 @@ def test_video(quick, monkeypatch, draw):
     states = [np.array(image_grid(x, columns=5, scale=2)).astype(int) for x in denoised]
     height = len(states[0])
     assert len(shown) == 121
-    for k, (t, before, after) in enumerate(shown):
+    for k, (t, frame) in enumerate(shown):
         assert t == pytest.approx(40 * (1 - k / 120) ** 2, abs=0.501)
-        assert alike(before[:height], states[40 - t])
-        assert (after[:height] == before[:height]).all()
-        assert after[height:].any() and not after[-1].any()  # not cut off
+        assert alike(frame[:height].astype(int), states[40 - t])
+        assert frame[height:].any() and not frame[-1].any()  # not cut off
 
     assert {path.name for path in folder.iterdir()} == {VIDEO, "denoising_process_0to9.gif"}
     video = cv2.VideoCapture(shutil.copy(folder / VIDEO, quick / "copy.mp4"))
@@ -209,56 +181,42 @@ def test_video(quick, monkeypatch, draw):
     frames = np.stack([video.retrieve()[1][..., 0] for _ in iter(video.grab, False)]).astype(int)
     assert video.get(cv2.CAP_PROP_FPS) == 30 and len(frames) == 121 + 2 * 30
     for i, frame in enumerate(frames):
-        assert np.abs(frame - shown[min(i, 120)][2]).mean() < 12  # the codec loses some detail
+        assert np.abs(frame - shown[min(i, 120)][1]).mean() < 12  # the codec loses some detail
 
     with Image.open(folder / "denoising_process_0to9.gif") as gif:
-        durations = []
-        for i in range(gif.n_frames):
-            gif.seek(i)
-            durations.append(gif.info["duration"])
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
         assert gif.info["loop"] == 0 and sum(durations) == pytest.approx(6000, rel=0.1)
-        assert np.abs(np.array(gif.convert("L")) - shown[-1][2]).max() < 17  # 16 grey levels
+        assert np.abs(np.array(gif.convert("L")).astype(int) - shown[-1][1]).max() < 17  # 16 grey levels
 
 
 def test_without_opencv(quick, monkeypatch, draw):
-    """As on a system without libGL. Nothing is drawn for it."""
-    (quick / "broken").mkdir()
-    (quick / "broken" / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open')", encoding="utf-8")
-    monkeypatch.syspath_prepend(quick / "broken")
-    monkeypatch.delitem(sys.modules, "cv2")
+    """Nothing is drawn for a video that cannot be made."""
+    monkeypatch.setitem(sys.modules, "cv2", None)
     monkeypatch.setattr(DDPM, "denoise", None)
-    assert_one_line_error(draw(quick, "--video"), "libGL.so.1")
+    assert_one_line_error(draw(quick, "--video"), "cv2")
     assert not list((quick / "generated_outputs").iterdir())
 
 
 # ---- Stitching
 
 
-def write_grids(folder: Path, size: tuple[int, int] = (92, 92)) -> None:
-    folder.mkdir(exist_ok=True)
-    for digit in range(10):
-        Image.fromarray(np.full(size, 20 * digit + 10, np.uint8)).save(folder / f"digit_{digit}_grid.png")
-
-
 @pytest.fixture
 def grids(workdir):
-    write_grids(workdir / "generated_outputs")
-    return workdir / "generated_outputs"
+    """Ten grids, each of one grey, 92 high and 62 wide."""
+    folder = workdir / "generated_outputs"
+    folder.mkdir()
+    for digit in range(10):
+        Image.new("L", (62, 92), 20 * digit + 10).save(folder / f"digit_{digit}_grid.png")
+    return folder
 
 
-def test_stitching(workdir, monkeypatch, call):
-    """0 to 4 are above 5 to 9. The name says the format. Pillow's limit on pictures of others does not count."""
-    write_grids(workdir / "in", (92, 62))
-    expected = np.repeat(np.repeat((20 * np.arange(10) + 10).reshape(2, 5), 92, axis=0), 62, axis=1)
-    for name, form in {"sheet.png": "PNG", "new/sheet.jpg": "JPEG"}.items():
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-        result = call(workdir, "stitch_images.py", "--indir", "in", "--output", name)
-        assert result.returncode == 0 and result.stderr == "", result.stderr
-        with Image.open(workdir / name) as sheet:
-            assert sheet.format == form and np.abs(np.array(sheet).astype(int) - expected).mean() < 1
-    assert (pixels(workdir / "sheet.png") == expected).all()
-    result = call(workdir, "stitch_images.py", "--indir", "in", "--output", "sheet.xyz")
-    assert_one_line_error(result, "sheet.xyz", "extension")
+def test_stitching(workdir, grids, monkeypatch, call):
+    """0 to 4 are above 5 to 9. Pillow's limit on pictures of others does not count."""
+    expected = (20 * np.arange(10) + 10).reshape(2, 5).repeat(92, axis=0).repeat(62, axis=1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    result = call(workdir, "stitch_images.py", "--output", "new/sheet.png")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert (pixels(workdir / "new" / "sheet.png") == expected).all()
 
 
 def test_stitching_needs_pillow_alone(workdir, grids):
@@ -269,30 +227,25 @@ def test_stitching_needs_pillow_alone(workdir, grids):
     assert result.returncode == 0 and (workdir / "combined_2x5_grid.png").exists(), result.stderr
 
 
-BAD_GRIDS = {
-    "missing": lambda path: path.unlink(),
-    "foreign": lambda path: path.write_bytes(b"no picture"),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:60]),
-    "size": lambda path: Image.new("L", (62, 31)).save(path),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_GRIDS)
-def test_bad_grids(workdir, grids, call, kind):
-    BAD_GRIDS[kind](grids / "digit_2_grid.png")
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda path: path.write_bytes(b"no picture"), lambda path: path.write_bytes(path.read_bytes()[:60]),
+     lambda path: Image.new("L", (62, 31)).save(path)],
+)  # fmt: skip
+def test_bad_grids(workdir, grids, call, damage):
+    damage(grids / "digit_2_grid.png")
     (workdir / "combined_2x5_grid.png").write_bytes(b"precious")
     assert_one_line_error(call(workdir, "stitch_images.py"), "digit_2_grid.png")
     assert (workdir / "combined_2x5_grid.png").read_bytes() == b"precious"
 
 
-# ---- Bad input
+# ---- Bad input, a full disk, other folders
 
 
 @pytest.mark.parametrize(
     "options",
-    [f"--digit {N_CLASSES}", "--digit -1", "--digit 5 x", "--count 0", "--count 2.5", "--count 2501", "--steps 0",
-     "--scale 0", "--scale 21", "--guide-w nan", "--guide-w -1", "--guide-w inf", "--seed -1",
-     f"--seed {inference_ddpm.N_SEEDS}", "--eta 2"],
+    [f"--digit {N_CLASSES}", "--digit -1", "--count 0", "--count 2501", "--steps 0", "--scale 0", "--scale 21",
+     "--guide-w nan", "--guide-w -1", "--guide-w inf", "--seed -1", f"--seed {inference_ddpm.N_SEEDS}", "--eta 2"],
 )  # fmt: skip
 def test_impossible_options(tmp_path, monkeypatch, draw, options):
     monkeypatch.setattr(ddpm_model, "load_ddpm", None)  # it is not reached
@@ -300,60 +253,46 @@ def test_impossible_options(tmp_path, monkeypatch, draw, options):
     assert result.returncode == 2 and options.split()[0] in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("mode", [(), ("--video",)])
-def test_what_the_weights_do_not_allow(quick, mode, draw):
-    assert_one_line_error(draw(quick, "--steps", "41", *mode), "steps must be in 1 .. 40, not 41")
-    result = draw(quick, "--weights", "none.pth", "--outdir", "new", *mode)
+def test_what_the_weights_do_not_allow(quick, draw):
+    assert_one_line_error(draw(quick, "--steps", "41"), "steps must be in 1 .. 40, not 41")
+    result = draw(quick, "--weights", "none.pth", "--outdir", "new")
     assert_one_line_error(result, "none.pth", "python train_ddpm.py")
     assert not (quick / "new").exists()
 
 
-DRAW = ("inference_ddpm.py", "--steps", "1")
-FILM = (*DRAW, "--video", "--scale", "1")
-STITCH = ("stitch_images.py",)
+@pytest.mark.parametrize(
+    ("script", "option", "path"),
+    [("inference_ddpm.py", "--outdir", "ddpm_model.py"), ("stitch_images.py", "--indir", TOO_LONG),
+     ("stitch_images.py", "--output", "small"), ("stitch_images.py", "--output", "sheet.xyz")],
+)  # fmt: skip
+def test_impossible_paths(quick, grids, call, monkeypatch, script, option, path):
+    """An output folder that cannot be made is found before anything is drawn."""
+    monkeypatch.setattr(DDPM, "denoise", None)
+    assert_one_line_error(call(quick, script, option, path), path)
+
+
+def test_full_disk(quick, grids, draw):
+    """OpenCV does not report it. The old video stays."""
+    (grids / VIDEO).write_bytes(b"precious")
+    with file_limit(100):
+        result = draw(quick, "--video", "--steps", "1", "--scale", "1")
+    assert_one_line_error(result, "frames")
+    assert result.stdout == "" and (grids / VIDEO).read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(
-    ("command", "named"),
-    [((*DRAW, "--outdir", "ddpm_model.py"), "ddpm_model.py"), ((*FILM, "--outdir", TOO_LONG), TOO_LONG),
-     ((*STITCH, "--output", "small/MNIST"), "small/MNIST"), ((*STITCH, "--indir", TOO_LONG), TOO_LONG)],
+    "command",
+    ["train_ddpm.py {1} --epochs 1 --data-dir {0}/small --weights {0}/new/a.pth",
+     "inference_ddpm.py --digit 0 1 --steps 2 --weights {0}/weights/other.pth --outdir {0}/new",
+     "stitch_images.py --indir {0}/generated_outputs --output {0}/new/sheet.png"],
 )  # fmt: skip
-def test_impossible_paths(quick, grids, call, monkeypatch, command, named):
-    """An output folder that cannot be made is found before anything is drawn."""
-    monkeypatch.setattr(DDPM, "denoise", None)
-    before = (quick / "ddpm_model.py").read_bytes()
-    assert_one_line_error(call(quick, *command), Path(named))
-    assert (quick / "ddpm_model.py").read_bytes() == before and (quick / "small" / "MNIST" / "raw").is_dir()
-
-
-def test_full_disk(quick, grids, call):
-    """OpenCV does not report it. The old video stays."""
-    (grids / VIDEO).write_bytes(b"precious")
-    before = set(grids.iterdir())
-    with file_limit(100):
-        result = call(quick, *FILM)
-    assert_one_line_error(result, "frames")
-    assert result.stdout == "" and set(grids.iterdir()) == before and (grids / VIDEO).read_bytes() == b"precious"
-
-
-# ---- What all scripts share
-
-COMMANDS = {  # of a home folder; each with the file that it writes
-    "train_ddpm.py {1} --epochs 1 --data-dir {0}/small --weights {0}/new/a.pth": "a.pth",
-    "inference_ddpm.py --digit 0 1 --steps 2 --weights {0}/weights/other.pth --outdir {0}/new": "digit_1_grid.png",
-    "stitch_images.py --indir {0}/generated_outputs --output {0}/new/sheet.png": "sheet.png",
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
 def test_home(quick, grids, tmp_path_factory, monkeypatch, call, command):
     """~ is expanded in all paths."""
     monkeypatch.setenv("HOME", str(quick))
     monkeypatch.setenv("USERPROFILE", str(quick))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     result = call(elsewhere, *command.format("~", " ".join(SMALL_RUN)).split())
-    assert result.returncode == 0, result.stderr
-    assert (quick / "new" / COMMANDS[command]).exists() and not list(elsewhere.iterdir())
+    assert result.returncode == 0 and list((quick / "new").iterdir()) and not list(elsewhere.iterdir()), result.stderr
 
 
 def test_from_another_folder(quick, tmp_path_factory):
@@ -368,10 +307,7 @@ def test_from_another_folder(quick, tmp_path_factory):
 
 
 def test_shipped_weights():
-    """They are of the default network, and read as what they are.
-
-    FID, 200 digits in 5 steps, six seeds: 0.20 to 0.30. With v read as eps: 0.80 to 1.15, and 93 % are recognised.
-    """
+    """They are of the default network, and read as what they are."""
     config = torch.load(WEIGHTS, weights_only=True)["config"]
     default = DDPM(ContextUnet())
     assert config == {"n_feat": default.nn_model.n_feat, "n_T": default.n_T, "drop_prob": default.drop_prob}
@@ -380,7 +316,10 @@ def test_shipped_weights():
     features, seen = judge(load_classifier(), digits)
     assert (seen == labels).double().mean() >= 0.97
     real = torch.load(evaluate.FIXTURE, weights_only=True)
+    # FID, 200 digits in 5 steps, six seeds: 0.20 to 0.30. With v read as eps: 0.80 to 1.15, and 93 % are recognised.
     assert evaluate.frechet_distance(features, real["test"].float()) < 0.5
+    logits = load_classifier().head(real["test"].float())
+    assert (logits.argmax(1) == real["test_labels"]).double().mean() >= 0.99  # of the judge itself
     assert WEIGHTS.stat().st_size <= 6e6
 
 
@@ -394,11 +333,3 @@ def test_gallery(tmp_path, call):
     assert (torch.cat(seen) == torch.arange(10).repeat_interleave(9)).sum() >= 88
     call(tmp_path, "stitch_images.py", "--indir", GALLERY)
     assert (pixels(tmp_path / "combined_2x5_grid.png") == pixels(GALLERY / "combined_2x5_grid.png")).all()
-
-
-def test_the_judge_knows_the_test_set():
-    """The accuracy that tests/digit_classifier.py prints, from the committed predictions on the MNIST test set."""
-    real = torch.load(evaluate.FIXTURE, weights_only=True)
-    assert len(real["test_labels"]) == 10_000
-    logits = load_classifier().head(real["test"].float())
-    assert (logits.argmax(1) == real["test_labels"]).double().mean() >= 0.99
