@@ -310,7 +310,7 @@ def read_state(path: str | Path) -> Iterator[dict]:
         yield torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage makes torch raise errors of many types
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1][:200]
-        hint = "missing, damaged, or of another network or version; python train_ddpm.py makes a new one"
+        hint = "missing, damaged, or of another network (--n-feat, --n-T); python train_ddpm.py makes a new one"
         raise UserError(f"cannot use {path} ({type(error).__name__}: {reason}): it is {hint}") from error
 
 

@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw(ddpm: DDPM, c: torch.Tensor, args: argparse.Namespace, shown: list[int]) -> dict[int, torch.Tensor]:
-    """Draws digits of classes c. Returns {t: the images of step t, for t in shown}."""
+    """Draws digits of classes c. Returns {t: the images at timestep t} for the timesteps that are shown."""
     images = {}
     denoised = ddpm.denoise(c, guide_w=args.guide_w, steps=args.steps, eta=args.eta)
     for t, x in zip(ddpm.timesteps(args.steps), denoised):

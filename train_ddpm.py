@@ -29,7 +29,7 @@ EMA_DECAY = 0.999
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options. With --resume, those of the run before are the defaults. Raises UserError."""
+    """The options. With --resume, the defaults are those of that run (not --weights, --device). Raises UserError."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--epochs", type=number(int, 1, 10**6), default=30, help="passes over the training images")
@@ -68,7 +68,7 @@ def join_torchrun(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def check_weights(args: argparse.Namespace) -> None:
-    """Fails now where the first save would fail (UserError, OSError). Says what that save replaces."""
+    """Raises UserError or OSError now if files cannot be written there. Says what the first save replaces."""
     if os.path.isdir(args.weights) or not os.path.basename(args.weights):
         raise UserError(f"--weights must name a file, not {args.weights!r}")
     state = Path(f"{args.weights}.train").resolve()
@@ -92,7 +92,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def load_mnist(data_dir: str) -> tuple[Tensor, Tensor]:
-    """The training images, uint8 [N,1,28,28], and their labels [N], 0 .. 9. Downloads them if no images are there.
+    """The training images, uint8 [N,1,28,28], and their labels [N], 0 .. 9. Downloads them if none are there.
 
     To train on images of your own, replace the body. Raises UserError.
     """
@@ -101,11 +101,11 @@ def load_mnist(data_dir: str) -> tuple[Tensor, Tensor]:
     images = Path(data_dir, "MNIST", "raw", "train-images-idx3-ubyte")
     labels = images.with_name("train-labels-idx1-ubyte")
     try:
-        if not any(images.parent.glob("train-images*-ubyte")):  # own images, whatever their name
+        if not any(images.parent.glob("train-*ubyte")):  # the download would replace files of your own
             mnist.MNIST(data_dir, download=True)
         return mnist.read_image_file(images)[:, None], mnist.read_label_file(labels)
     except Exception as error:  # no network, a full disk, a damaged file: each has a type of its own
-        hint = f"{images.parent} must have {images.name} and {labels.name}, or no images: then MNIST is downloaded"
+        hint = f"{images.parent} must have {images.name} and {labels.name}, or neither: then MNIST is downloaded"
         raise UserError(f"no training data ({error!r}); {hint}") from error
 
 

@@ -255,7 +255,7 @@ def test_states_that_cannot_be_used(workdir, monkeypatch, train, call):
 
 
 def test_own_images(workdir, train, download):
-    """Two files are enough, and they stay. Files with dots in their names, as on Kaggle, are refused and stay too."""
+    """Two files are enough, and they stay. Dots in names, as on Kaggle, or labels alone are refused, and stay too."""
     raw = workdir / "small" / "MNIST" / "raw"
     for path in raw.glob("t10k*"):
         path.unlink()
@@ -265,7 +265,10 @@ def test_own_images(workdir, train, download):
     for path in before:
         path.rename(raw / path.name.replace("-idx", ".idx"))
     assert_one_line_error(train(workdir), *FILES)
-    assert sorted(contents(raw).values()) == sorted(before.values()) and not download.called
+    assert sorted(contents(raw).values()) == sorted(before.values())
+    (raw / "train-images.idx3-ubyte").unlink()
+    assert_one_line_error(train(workdir), *FILES)
+    assert not download.called
 
 
 def test_download(workdir, train, download):
