@@ -123,3 +123,10 @@ def test_link_stays_a_link(path):
     link(path.with_name("link"), path.name)
     save_weights(path.with_name("link"), DDPM_50)
     assert path.with_name("link").is_symlink() and not path.is_symlink() and load_ddpm(path)
+
+
+def test_temporary_file_is_beside_its_target(path):
+    """On the same disk, so that renaming it is one operation."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert temporary.parents[1] == path.parent and path.read_bytes() == b"new"
