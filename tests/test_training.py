@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -102,7 +103,9 @@ def test_learning_rate():
 
 
 def test_steps_of_a_run(workdir, monkeypatch, train, steps):
-    """The printed losses, the learning rate of the last step, and the average of the weights."""
+    """The printed losses and time, the learning rate of the last step, and the average of the weights."""
+    line = train_ddpm.report(3, 10, done=0.5, loss=0, start=time.perf_counter() - 60)
+    assert "60 s" in line and "15.0 min left" in line  # 7.5 epochs of two minutes
     monkeypatch.setattr(train_ddpm, "EMA_DECAY", 0.5)  # the bound of the last four steps
     result = train(workdir, "--epochs", "3", "--lr", "0.01")
     means = np.reshape([step["loss"] for step in steps], (3, N_BATCHES)).mean(axis=1)
