@@ -77,7 +77,7 @@ def load(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
 
     raw = Path(data_dir, "MNIST", "raw")
     try:
-        mnist = MNIST(data_dir, train=train, download=not (raw / "train-images-idx3-ubyte").exists())
+        mnist = MNIST(data_dir, train=train, download=not any(raw.glob("train-*ubyte")))
     except Exception as error:  # no network, a full disk, a damaged file: each has a type of its own
         raise UserError(f"no MNIST ({error}); {raw} must hold its four files, or none of them") from error
     return mnist.data[:, None] / 255, mnist.targets

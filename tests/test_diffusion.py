@@ -2,11 +2,10 @@
 
 The names are those of Ho et al. 2020 (arXiv:2006.11239): beta[t], alpha[t], alphabar[t], sigma, eps, z, t = 1 .. T.
 
-After another network, schedule, distribution of t, estimate (eps in place of v) or default, change the section "What
-describes the model". Nothing here depends on IMAGE_SHAPE or N_CLASSES.
+After another network, schedule, distribution of t or estimate (eps in place of v), change the section "What describes
+the model". Nothing here depends on IMAGE_SHAPE or N_CLASSES.
 """
 
-import inspect
 import itertools
 import math
 from unittest.mock import Mock
@@ -32,10 +31,6 @@ SHAPE = (N_CLASSES, *IMAGE_SHAPE)
 GUIDED = [t for t in range(1, T + 1) if GUIDANCE_INTERVAL[0] < t / T <= GUIDANCE_INTERVAL[1]]
 MEANS = torch.linspace(-0.3, 0.3, N_CLASSES)[:, None, None, None].expand(SHAPE)
 
-# float32 has seven digits. With v they are kept. With eps, four are lost at t = T, in the division by
-# sqrt(alphabar[T]) = 1e-4. A wrong equation is off by far more than the three that are left.
-ROUNDING = 1e-3
-
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -58,7 +53,7 @@ def test_forward_is_algorithm_1():
     eps = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
     eps_hat = to_eps(ddpm.nn_model(x_t, c, t / T, context_mask), x_t, abar)
     expected = (EPS_WEIGHT[t][:, None, None, None] * (eps - eps_hat).square()).mean()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_denoise_is_algorithm_2():
@@ -136,7 +131,7 @@ def test_every_x_t_is_that_of_diffusers(name, eta):
     generator = seed(1)
     x = torch.randn(SHAPE, generator=generator)
     for t in range(T, 0, -1):
-        torch.testing.assert_close(calls[T - t][0], x, rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(calls[T - t][0], x, rtol=0, atol=5 * ROUNDING)  # both are float32
         v = ddpm.nn_model(x, CLASSES, torch.full((N_CLASSES,), t / T), KEEP).detach()
         x = scheduler.step(v, t - 1, x, generator=generator, **options).prev_sample
 
@@ -158,7 +153,9 @@ def test_forward_makes_the_x_t_and_v_of_diffusers():
 
 
 # ---- What describes the model: change it here too. Below it, what the tests share. -----------------------------------
-# For eps in place of v: EPS_WEIGHT, to_eps, the last line of Gaussian, and above, prediction_type and get_velocity.
+# For eps in place of v: ROUNDING, EPS_WEIGHT, to_eps, Gaussian, and above, prediction_type and get_velocity.
+
+ROUNDING = 2e-5  # of float32. With eps it is 1e-3: dividing by sqrt(alphabar[T]) = 1e-4 costs four digits
 
 T_PROBABILITIES = torch.full((T,), 1 / T, dtype=torch.float64)  # how often training draws t = 1 .. T
 EPS_WEIGHT = 1 / alphabar  # the loss is the squared error in v; one in eps has this weight in it
@@ -200,14 +197,6 @@ def small_net() -> ContextUnet:
         for parameter in net.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return net
-
-
-def test_defaults_are_those_of_readme():
-    signatures = [inspect.signature(function) for function in (ContextUnet, DDPM, DDPM.denoise)]
-    defaults = {name: p.default for signature in signatures for name, p in signature.parameters.items()}
-    expected = {"n_feat": 32, "n_T": 400, "drop_prob": 0.1, "guide_w": 0.25, "steps": None, "eta": 1}
-    assert expected.items() <= defaults.items()
-    assert GUIDANCE_INTERVAL == (0.4, 0.9)
 
 
 def seed(number: int) -> torch.Generator:

@@ -10,7 +10,7 @@ import pytest
 
 import inference_ddpm
 import train_ddpm
-from ddpm_model import DDPM, ContextUnet
+from ddpm_model import DDPM, GUIDANCE_INTERVAL, ContextUnet
 from tests.conftest import PROJECT, fill, write_small_mnist
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")  # a line that ends in \ goes on
@@ -66,6 +66,7 @@ def test_defaults(monkeypatch):
     assert (train.epochs, train.batch_size, train.lr, train.seed) == (30, 64, 4e-3, 0)
     assert (drawing.digit, drawing.count, drawing.scale, drawing.steps) == ([5], 9, 4, None)
     assert (train.n_feat, train.n_T, train.drop_prob, drawing.guide_w, drawing.eta) == (32, 400, 0.1, 0.25, 1)
+    assert GUIDANCE_INTERVAL == (0.4, 0.9)
     scripts = vars(train) | vars(drawing)
     for function in (ContextUnet, DDPM, DDPM.denoise):
         for name, parameter in inspect.signature(function).parameters.items():
