@@ -7,8 +7,8 @@ Read it from top to bottom, beside Ho et al. 2020 (arXiv:2006.11239):
     DDPM.forward       algorithm 1     the training loss
     DDPM.denoise       algorithm 2     sampling
 
-The rest is the weights file and what the scripts share. "+" marks what is not in the DDPM paper, with its source if it
-has one. Of the paper's network, these are left out: attention, dropout, two of the four resolutions, all skips but one.
+The rest is the weights file and what the scripts share. "+" marks what is not as in the DDPM paper, with its source if
+it has one. Left out of the paper's network: attention, dropout, two of the four resolutions, all skips but one.
 """
 
 import argparse
@@ -16,10 +16,11 @@ import contextlib
 import io
 import itertools
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from math import ceil, pi, sqrt
+from math import ceil, inf, pi, sqrt
 from pathlib import Path
 
 import torch
@@ -28,8 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 GUIDE_W = 0.25  # the default guidance weight w; README shows what other values do
-GUIDANCE_INTERVAL = (0.4, 0.9)  # guidance acts while 0.4 < t / n_T <= 0.9
-N_CLASSES = 10
+GUIDANCE_INTERVAL = (0.4, 0.9)  # guidance acts while 0.4 < t / n_T <= 0.9; there alphabar is 0.65 .. 0.024
 IMAGE_SHAPE = (1, 28, 28)  # channels, height, width; the network halves the last two twice
 TIME_DIM = 64
 
@@ -43,7 +43,7 @@ def ddpm_schedule(n_T: int) -> Tensor:
 
     + A squared cosine, f(t) / f(0) (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17). In the DDPM paper, beta rises
     linearly, and the last quarter of the x_t are almost pure noise.
-    alphabar[n_T] is 1e-8, not 0, so that rounding puts no negative number under a root in `denoise`.
+    + alphabar[n_T] is 1e-8, not 0, so that rounding puts no negative number under a root in `denoise`.
     """
     t = torch.arange(n_T + 1, dtype=torch.float64)
     f = torch.cos((t / n_T + 0.008) / 1.008 * pi / 2) ** 2
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
     """A residual block: x [B, in_channels, H, W], emb [B, emb_dim] -> [B, out_channels, H, W].
 
     + FiLM: emb scales and shifts the channels (Perez et al. 2017, arXiv:1709.07871). The DDPM paper only adds it.
-    GroupNorm with one group normalises over channels and pixels together (layer normalisation over C, H and W).
+    + GroupNorm has one group: mean and variance are those of all channels and pixels together, not of a few channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
@@ -89,23 +89,24 @@ class ResBlock(nn.Module):
 class ContextUnet(nn.Module):
     """A U-Net that sees a noisy image, its class (the context) and its timestep, and estimates the velocity v.
 
-    n_feat: channels at 14x14; there are 3 n_feat at 7x7.
+    n_feat: channels at 14x14; there are 3 n_feat at 7x7. n_classes: the classes are 0 .. n_classes - 1.
     + The class is an input. The DDPM paper has none.
-    + Pixel unshuffle: each 2x2 patch of pixels becomes 4 channels, so all work is at 14x14 and 7x7. It is the inverse
-    of pixel shuffle (Shi et al. 2016, arXiv:1609.05158).
+    + Pixel unshuffle: each 2x2 patch of pixels becomes 4 channels, so all work is at 14x14 and 7x7. Pixel shuffle (Shi
+    et al. 2016, arXiv:1609.05158) is its inverse, and the way back.
     + Each class has a learned map [3 n_feat, 7, 7], which is added at 7x7: what to draw, and where.
     """
 
-    def __init__(self, n_feat: int = 32):
+    def __init__(self, n_feat: int = 32, n_classes: int = 10):
         super().__init__()
         self.n_feat = n_feat
+        self.n_classes = n_classes
         channels, height, width = IMAGE_SHAPE
         emb_dim = 4 * n_feat
         wide = 3 * n_feat
         self.time_emb = nn.Linear(TIME_DIM, emb_dim)
-        self.context_emb = nn.Embedding(N_CLASSES + 1, emb_dim)  # + the last row is the null class: no condition
+        self.context_emb = nn.Embedding(n_classes + 1, emb_dim)  # + the last row is the null class: no class
         self.emb = nn.Linear(emb_dim, emb_dim)
-        self.context_map = nn.Embedding(N_CLASSES + 1, wide * (height // 4) * (width // 4))
+        self.context_map = nn.Embedding(n_classes + 1, wide * (height // 4) * (width // 4))
 
         self.stem = nn.Conv2d(4 * channels, n_feat, 3, padding=1)
         self.enc1 = ResBlock(n_feat, n_feat, emb_dim)
@@ -125,7 +126,7 @@ class ContextUnet(nn.Module):
         x [B,1,28,28]: noisy image. c [B] int64: class. t_fraction [B] in (0, 1]: t / n_T. context_mask [B] bool: True
         keeps the class, False hides it.
         """
-        c = torch.where(context_mask, c, N_CLASSES)
+        c = torch.where(context_mask, c, self.n_classes)
         emb = self.time_emb(time_embedding(t_fraction)) + self.context_emb(c)
         emb = F.silu(self.emb(F.silu(emb)))  # [B, 4 n_feat]
 
@@ -147,21 +148,17 @@ class ContextUnet(nn.Module):
 
 
 def to_image(x: Tensor) -> Tensor:
-    """From [-1, 1] to images in [0, 1], clipped.
-
-    + Cosmetic: MNIST's pixels are mostly 0 or 1, so what is nearer to one of them than 0.02 becomes it.
-    """
+    """From [-1, 1] to images in [0, 1], clipped. + What is nearly black becomes black: most of MNIST's pixels are 0."""
     x = ((x + 1) / 2).clamp(0, 1)
-    x = torch.where(x < 0.02, 0, x)
-    return torch.where(x > 0.98, 1, x)
+    return torch.where(x < 0.02, 0, x)
 
 
 class DDPM(nn.Module):
     """The diffusion process around a network: the training loss and the sampler.
 
-    nn_model: a ContextUnet, or a network with the same arguments (and, for save_weights, with n_feat). n_T: number of
-    timesteps, 1 .. 10,000. drop_prob: probability in [0, 1) that training hides an image's class. Callers see images
-    in [0, 1]; in the equations, x_0 is in [-1, 1].
+    nn_model: a ContextUnet, or a network that has its n_feat and n_classes and takes the same arguments. n_T: number
+    of timesteps, 1 .. 10,000. drop_prob: probability in [0, 1) that training hides an image's class. Callers see
+    images in [0, 1]; in the equations, x_0 is in [-1, 1].
     """
 
     def __init__(self, nn_model: nn.Module, n_T: int = 400, drop_prob: float = 0.1):
@@ -169,6 +166,8 @@ class DDPM(nn.Module):
         self.nn_model = nn_model
         self.n_T = n_T
         self.drop_prob = drop_prob
+        # What rebuilds it from a weights file.
+        self.config = {"n_feat": nn_model.n_feat, "n_classes": nn_model.n_classes, "n_T": n_T, "drop_prob": drop_prob}
         self.register_buffer("alphabar", ddpm_schedule(n_T))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -195,7 +194,8 @@ class DDPM(nn.Module):
         That paper has eps in place of v. Both give the same: v = (eps - sqrt(1 - alphabar) x_t) / sqrt(alphabar), by
         eq. 4 of DDPM, and the weights 1 + w and -w add up to 1.
         + It acts only while t / n_T is in GUIDANCE_INTERVAL (the idea of Kynkäänniemi et al. 2024, arXiv:2404.07724;
-        the limits are ours). With drop_prob = 0, the null class was never trained, and there is no guidance.
+        the limits are ours, and belong to this schedule). With 1 or 2 steps, no t is in it. With drop_prob = 0, the
+        null class was never trained, and there is no guidance.
         """
         t_fraction = torch.full((len(x_t),), t / self.n_T, device=x_t.device)
         keep = torch.ones_like(c, dtype=torch.bool)
@@ -228,29 +228,32 @@ class DDPM(nn.Module):
         steps: int | None = None,
         eta: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """Sampling (algorithm 2). Yields steps + 1 batches of images [N,1,28,28] in [0, 1], from noise to digits.
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Sampling (algorithm 2). Yields steps + 1 times (t, images [N,1,28,28] in [0, 1]), from noise to digits.
 
-        c: N classes, whole numbers in 0 .. 9, in anything that torch.as_tensor takes. guide_w: guidance weight, >= 0.
+        c: N > 0 classes, whole numbers in 0 .. n_classes - 1, in anything that torch.as_tensor takes. guide_w: guidance
+        weight, >= 0.
         steps: 1 .. n_T, by default n_T. + With fewer, timesteps are skipped (DDIM, J. Song et al. 2020,
         arXiv:2010.02502).
         eta: in 0 .. 1. 1 is DDPM, with the variance of its eq. 7. + 0 is DDIM, which adds no noise during sampling;
         numbers between mix both (eq. 16 there).
         generator: a CPU generator, so that a seed means the same noise on every device.
-        Raises UserError, when the first image is asked for, if c, steps or eta is out of range.
+        Raises UserError, when the first images are asked for, if c, guide_w, steps or eta is out of range.
         """
         timesteps = self.timesteps(steps)
         c = torch.as_tensor(c).reshape(-1)
-        if not all(label in range(N_CLASSES) for label in c.tolist()):
-            raise UserError(f"classes must be whole numbers in 0 .. {N_CLASSES - 1}, not {c.tolist()}")
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta must be in 0 .. 1, not {eta}")
+        n_classes = self.nn_model.n_classes
+        wrong = [k for k in c.tolist() if k not in range(n_classes)]
+        if wrong or len(c) == 0:
+            raise UserError(f"classes must be whole numbers in 0 .. {n_classes - 1}, not {wrong[:1]}")
+        if not (0 <= eta <= 1 and 0 <= guide_w < inf):
+            raise UserError(f"eta must be in 0 .. 1, and guide_w 0 or more, not {eta} and {guide_w}")
         c = c.to(self.alphabar.device, torch.int64)
         alphabar = self.alphabar.tolist()
         shape = (len(c), *IMAGE_SHAPE)
 
         x = torch.randn(shape, generator=generator).to(c.device)  # x_T
-        yield to_image(x)
+        yield timesteps[0], to_image(x)
         for t, s in itertools.pairwise(timesteps):
             # From x_t to the less noisy x_s. With all steps, s = t - 1 and abar_t / abar_s is alpha_t.
             abar_t = alphabar[t]
@@ -265,11 +268,11 @@ class DDPM(nn.Module):
             sigma = eta * sqrt((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s))
             z = torch.randn(shape, generator=generator).to(c.device)
             x = sqrt(abar_s) * x_0 + sqrt(1 - abar_s - sigma**2) * eps + sigma * z
-            yield to_image(x)
+            yield s, to_image(x)
 
     def sample(self, *args, **kwargs) -> Tensor:
         """The digits that `denoise` ends with, [N,1,28,28] in [0, 1]. Takes the arguments of `denoise`."""
-        for x in self.denoise(*args, **kwargs):
+        for _, x in self.denoise(*args, **kwargs):
             pass
         return x
 
@@ -279,16 +282,16 @@ class DDPM(nn.Module):
 
 def save_weights(path: str | Path, ddpm: DDPM) -> None:
     """Writes {"config": what rebuilds the DDPM, "model": state_dict of its network}. Raises OSError."""
-    config = {"n_feat": ddpm.nn_model.n_feat, "n_T": ddpm.n_T, "drop_prob": ddpm.drop_prob}
-    write_state(path, {"config": config, "model": ddpm.nn_model.state_dict()})
+    write_state(path, {"config": ddpm.config, "model": ddpm.nn_model.state_dict()})
 
 
 def load_ddpm(path: str | Path, device: str | torch.device = "cpu") -> DDPM:
-    """The DDPM that save_weights wrote, in evaluation mode on device. Raises UserError."""
+    """The DDPM that save_weights wrote, in evaluation mode on device. Raises UserError or OSError."""
     with read_state(path) as state:
-        config = state["config"]
-        ddpm = DDPM(ContextUnet(config["n_feat"]), config["n_T"], config["drop_prob"])
-        ddpm.nn_model.load_state_dict(state["model"])
+        config = {"n_classes": 10} | state["config"]  # older files have ten classes and do not say so
+        nn_model = ContextUnet(config["n_feat"], config["n_classes"])
+        nn_model.load_state_dict(state["model"])
+        ddpm = DDPM(nn_model, config["n_T"], config["drop_prob"])
     return ddpm.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -302,16 +305,24 @@ def write_state(path: str | Path, state: dict) -> None:
 
 @contextlib.contextmanager
 def read_state(path: str | Path) -> Iterator[dict]:
-    """Gives what write_state wrote, on the CPU. Runs no code from the file.
+    """Gives what write_state wrote, on the CPU. With weights_only, torch refuses files that would run code (older
+    versions of torch had holes in this).
 
-    Raises UserError if it cannot be read, or if the block under `with` cannot use it (another network or version).
+    Raises OSError if the file cannot be opened, and UserError if it is damaged or another file, or if the block under
+    `with` cannot use it.
     """
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # other content makes torch raise errors of many types
+            raise UserError(f"{path} is damaged, or is not a file that train_ddpm.py wrote") from error
     try:
-        yield torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage makes torch raise errors of many types
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1][:200]
-        hint = "missing, damaged, or of another network (--n-feat, --n-T); python train_ddpm.py makes a new one"
-        raise UserError(f"cannot use {path} ({type(error).__name__}: {reason}): it is {hint}") from error
+        yield state
+    except (ArithmeticError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        reason = str(error).split("\n")[-1].strip()[:200]
+        raise UserError(f"{path} is of another network or version ({type(error).__name__}: {reason})") from error
 
 
 # ---- What the scripts share ------------------------------------------------------------------------------------------
@@ -324,7 +335,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     So if the process ends at any moment, path is the old file or the new one (a loss of power is another matter). A
     killed process leaves a folder .tmp... beside it. Makes the folder of path. A symbolic link stays a link.
     """
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp") as folder:
         temporary = Path(folder, Path(path).name)  # the suffix tells Pillow the format
@@ -335,7 +346,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
     """Images [N,1,H,W] in [0, 1] -> an 8-bit grey picture, row by row, with 2 black pixels around each.
 
-    Each pixel becomes scale x scale. This is the geometry of torchvision's make_grid(padding=2).
+    Each pixel becomes scale x scale. For more than one image, this is the geometry of torchvision's make_grid.
     """
     rows = ceil(len(images) / columns)
     height = images.shape[2] + 2
@@ -350,6 +361,8 @@ def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """For main: prints expected errors as one line and exits with 1; after Ctrl-C, exits with 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal lacks
     try:
         yield
     except (UserError, OSError, ImportError) as error:
@@ -361,8 +374,9 @@ def one_line_errors() -> Iterator[None]:
 
 def show_progress(text: str) -> None:
     """Overwrites the status line, if stderr is a terminal. An empty text clears it."""
-    if sys.stderr and sys.stderr.isatty():  # without a console (pythonw), there is no stderr
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    if hasattr(sys.stderr, "isatty") and sys.stderr.isatty():  # without a console (pythonw), stderr is None
+        width = shutil.get_terminal_size().columns - 1
+        print(f"{text[:width]:{width}}", end="\r", file=sys.stderr, flush=True)
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:

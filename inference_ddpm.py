@@ -8,6 +8,7 @@ python inference_ddpm.py --video                         # generated_outputs/den
 import argparse
 import os
 import secrets
+from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ import torch
 from PIL import Image
 
 import ddpm_model
-from ddpm_model import DDPM, GUIDE_W, N_CLASSES, UserError, number
+from ddpm_model import DDPM, GUIDE_W, UserError, number
 
 WEIGHTS = Path("weights/ddpm_mnist.pth")
-N_SEEDS = 2**32 // 10  # 10 * seed + digit must fit in the 32 bits that torch uses of a seed
-BATCH_SIZE = 500  # digits drawn at a time, which bounds the memory
+N_SEEDS = 2**32 // 10  # 10 * seed + digit must fit in the 32 bits that torch's CPU generator uses of a seed
+BATCH_SIZE = 500  # images drawn at a time, which bounds the memory
 N_FRAMES = 121  # of the video, from noise to digits
 FPS = 30  # frames a second; the last frame stays for two seconds
 
@@ -27,9 +28,9 @@ FPS = 30  # frames a second; the last frame stays for two seconds
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw digits, or a video of how they emerge from noise.")
     add = parser.add_argument
-    add("--digit", type=number(int, 0, N_CLASSES - 1), nargs="+", default=[5], help="which digits (default: 5)")
+    add("--digit", type=number(int, 0, 10**6), nargs="+", help="which classes (default: 5, or the last)")
     add("--count", type=number(int, 1, 2500), default=9, help="how many of each (default: %(default)s)")
-    add("--video", action="store_true", help="make a video of digits 0 to 9 instead (default: no)")
+    add("--video", action="store_true", help="make a video of all classes instead (default: no)")
     add("--guide-w", type=number(float, 0, 100), default=GUIDE_W, help="guidance weight (default: %(default)s)")
     add("--steps", type=number(int, 1, 10_000), help="fewer is faster (default: all timesteps)")
     add("--eta", type=number(float, 0, 1), default=1.0, help="1 is DDPM, 0 is DDIM (default: %(default)s)")
@@ -43,11 +44,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw(ddpm: DDPM, c: torch.Tensor, args: argparse.Namespace, shown: list[int]) -> dict[int, torch.Tensor]:
-    """Draws digits of classes c. Returns {t: the images at timestep t} for the timesteps that are shown."""
+    """Draws images of classes c. Returns {t: the images at timestep t} for the timesteps that are shown."""
     images = {}
-    denoised = ddpm.denoise(c, guide_w=args.guide_w, steps=args.steps, eta=args.eta)
-    for t, x in zip(ddpm.timesteps(args.steps), denoised):
-        ddpm_model.show_progress(f"{len(c)} digits, t = {t}")
+    for t, x in ddpm.denoise(c, guide_w=args.guide_w, steps=args.steps, eta=args.eta):
+        ddpm_model.show_progress(f"{len(c)} images, t = {t}")
         if t in shown:
             images[t] = x.cpu()
     ddpm_model.show_progress("")
@@ -55,40 +55,45 @@ def draw(ddpm: DDPM, c: torch.Tensor, args: argparse.Namespace, shown: list[int]
 
 
 def draw_grids(ddpm: DDPM, args: argparse.Namespace) -> None:
-    """Draws args.count of each digit, one picture a digit. They are the same whichever other digits are drawn."""
-    columns = int(np.ceil(np.sqrt(args.count)))
-    for digit in args.digit:
+    """Draws args.count of each class, one picture a class. They are the same whichever other classes are drawn."""
+    last = ddpm.nn_model.n_classes - 1
+    digits = args.digit or [min(5, last)]
+    if max(digits) > last:
+        raise UserError(f"--digit must be in 0 .. {last}, the classes of {args.weights}, not {max(digits)}")
+    for digit in digits:
         torch.manual_seed(10 * args.seed + digit)
         batches = torch.full((args.count,), digit).split(BATCH_SIZE)
-        digits = torch.cat([draw(ddpm, c, args, shown=[0])[0] for c in batches])  # x_0
+        images = torch.cat([draw(ddpm, c, args, shown=[0])[0] for c in batches])  # x_0
         path = Path(args.outdir, f"digit_{digit}_grid.png")
         with ddpm_model.atomic_write(path) as temporary:
-            ddpm_model.image_grid(digits, columns, args.scale).save(temporary)
+            ddpm_model.image_grid(images, ceil(sqrt(args.count)), args.scale).save(temporary)
         print(f"saved {path} (seed {args.seed})", flush=True)
 
 
 def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
-    """Draws digits 0 to 9, and makes a video (VP9 in MP4) and a GIF of some of the steps."""
+    """Draws an image of each class, and makes a video (VP9 in MP4) and a GIF of some of the steps."""
     os.environ |= {"OPENCV_LOG_LEVEL": "SILENT", "OPENCV_FFMPEG_LOGLEVEL": "-8"}  # OpenCV must not print
     import cv2  # here, so that grids can be drawn without it
 
     torch.manual_seed(args.seed)
     timesteps = ddpm.timesteps(args.steps)
-    wanted = ddpm.n_T * np.linspace(1, 0, N_FRAMES) ** 2  # squares: few frames of noise, many of digits
+    wanted = ddpm.n_T * np.linspace(1, 0, N_FRAMES) ** 2  # squares: few frames of noise, many of clear images
     shown = [min(timesteps, key=lambda t: abs(t - w)) for w in wanted]
-    images = draw(ddpm, torch.arange(N_CLASSES), args, shown)
+    c = torch.arange(ddpm.nn_model.n_classes)
+    images = draw(ddpm, c, args, shown)
     scale = args.scale
     frames = []
     for t in shown:
-        grid = ddpm_model.image_grid(images[t], columns=5, scale=scale)
-        frame = np.pad(np.asarray(grid), ((0, 12 * scale), (0, 0)))  # room for a line of text
-        frames.append(cv2.putText(frame, f"t = {t}", (2 * scale, 71 * scale), cv2.FONT_HERSHEY_SIMPLEX, scale / 4, 255))
+        grid = np.asarray(ddpm_model.image_grid(images[t], columns=ceil(sqrt(2 * len(c))), scale=scale))
+        frame = cv2.copyMakeBorder(grid, 0, 12 * scale, 0, 0, cv2.BORDER_CONSTANT)  # room for a line of text
+        place = (2 * scale, len(grid) + 9 * scale)
+        frames.append(cv2.putText(frame, f"t = {t}", place, cv2.FONT_HERSHEY_SIMPLEX, scale / 4, 255))
 
     path = Path(args.outdir, "denoising_process_0to9.mp4")
     video = frames + frames[-1:] * 2 * FPS
     with ddpm_model.atomic_write(path) as temporary:
         codec = cv2.VideoWriter_fourcc(*"vp09")
-        writer = cv2.VideoWriter(str(temporary), codec, FPS, frames[0].shape[::-1], isColor=False)
+        writer = cv2.VideoWriter(str(temporary), codec, FPS, frames[0].shape[1::-1], isColor=False)
         for frame in video:
             writer.write(frame)
         writer.release()
@@ -98,7 +103,7 @@ def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
 
     with ddpm_model.atomic_write(path.with_suffix(".gif")) as temporary:
         pictures = [Image.fromarray(frame // 17 * 17) for frame in frames[::2]]  # 16 grey levels: a smaller file
-        durations = [2000 // FPS] * (len(pictures) - 1) + [2000]  # ms
+        durations = [70] * (len(pictures) - 1) + [2000]  # ms, about two frames; GIF counts in units of 10 ms
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     print(f"saved {path} and .gif (seed {args.seed})")
 

@@ -19,6 +19,8 @@ def main() -> None:
     parser.add_argument("--indir", type=os.path.expanduser, default="generated_outputs", help="has the ten grids")
     parser.add_argument("--output", type=os.path.expanduser, default="combined_2x5_grid.png", help="the sheet")
     args = parser.parse_args()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal lacks
     Image.MAX_IMAGE_PIXELS = None  # the grids are the user's own, however large
     try:
         for digit in range(10):
@@ -33,8 +35,8 @@ def main() -> None:
         path = Path(args.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
-        sys.exit(f"error: {path}: {error}")
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:  # Pillow raises three of them for damaged files
+        sys.exit(f"error: {path}: {str(error) or 'too large for the memory'}")
     print(f"saved {path}")
 
 

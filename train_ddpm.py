@@ -1,25 +1,31 @@
-"""Trains the conditional DDPM on MNIST. The averaged weights go to weights/ddpm_mnist.pth.
+"""Trains the conditional DDPM on MNIST, or on your own pictures. The averaged weights go to weights/ddpm_mnist.pth.
 
 python train_ddpm.py                               # 30 epochs, on the GPU if there is one
+python train_ddpm.py --data-dir my_images --weights weights/own.pth     # pictures, in a folder for each class
 python train_ddpm.py --resume                      # go on from the last save
 torchrun --nproc-per-node=4 train_ddpm.py          # four GPUs share each batch (srun alone starts four trainings)
 """
 
 import argparse
+import contextlib
 import copy
+import glob
+import hashlib
 import math
 import os
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import ddpm_model
-from ddpm_model import DDPM, IMAGE_SHAPE, N_CLASSES, ContextUnet, UserError, number
+from ddpm_model import DDPM, IMAGE_SHAPE, ContextUnet, UserError, number
 
 WARMUP_STEPS = 500
 EMA_DECAY = 0.999
@@ -38,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop-prob", type=number(float, 0, 0.99), default=0.1, help="how often the class is hidden")
     add("--n-feat", type=number(int, 1, 256), default=32, help="channels at 14x14; at 7x7, three times as many")
     add("--n-T", type=number(int, 1, 10_000), default=400, help="number of timesteps")
-    add("--data-dir", type=os.path.expanduser, default="data", help="folder of MNIST; downloaded if missing")
+    add("--data-dir", type=os.path.expanduser, default="data", help="for MNIST, or with a folder of pictures a class")
     add("--weights", type=os.path.expanduser, default="weights/ddpm_mnist.pth", help="written at each save")
     add("--save-every", type=number(int, 1, 10**6), default=5, help="epochs between saves")
     add("--seed", type=number(int, 0, 10**9), default=0, help="seed of all random numbers")
@@ -48,7 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume:
         with ddpm_model.read_state(f"{args.weights}.train") as state:
             parser.set_defaults(**state["options"])
-    return parser.parse_args(argv)
+        args = parser.parse_args(argv)  # what is typed now counts more than these defaults
+    return args
 
 
 def join_torchrun(args: argparse.Namespace) -> tuple[int, int]:
@@ -69,17 +76,21 @@ def join_torchrun(args: argparse.Namespace) -> tuple[int, int]:
 
 def check_weights(args: argparse.Namespace) -> None:
     """Raises UserError or OSError now if files cannot be written there. Says what the first save replaces."""
-    if os.path.isdir(args.weights) or not os.path.basename(args.weights):
+    if not os.path.basename(args.weights):
         raise UserError(f"--weights must name a file, not {args.weights!r}")
-    state = Path(f"{args.weights}.train").resolve()
-    state.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.NamedTemporaryFile(dir=state.parent, prefix=state.name).close()  # the name may be too long
-    if not args.resume and (os.path.exists(args.weights) or state.exists()):
+    paths = [Path(os.path.realpath(f"{args.weights}{suffix}")) for suffix in ("", ".train")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Two trials that change nothing: a new file of a longer name, and the old file.
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
+        if os.path.lexists(path):
+            path.open("r+b").close()
+    if not args.resume and any(map(os.path.exists, paths)):
         print(f"the first save replaces the files of {args.weights}; to continue a stopped run, use --resume")
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 mixed precision (Kalamkar et al. 2019, arXiv:1905.12322), where the hardware supports it."""
+    """bfloat16 mixed precision (Kalamkar et al. 2019, arXiv:1905.12322), on NVIDIA GPUs and x86 CPUs that have it."""
     has_bfloat16 = False
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -91,53 +102,81 @@ def autocast(device: torch.device) -> torch.autocast:
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
 
-def load_mnist(data_dir: str) -> tuple[Tensor, Tensor]:
-    """The training images, uint8 [N,1,28,28], and their labels [N], 0 .. 9. Downloads them if none are there.
+def load_mnist(data_dir: str) -> tuple[Tensor, Tensor, list[str]]:
+    """The training images, uint8 [N,1,28,28], their labels [N], and names of the classes. Downloads what is missing.
 
-    To train on images of your own, replace the body. Raises UserError.
+    Raises UserError.
     """
     from torchvision.datasets import mnist  # slow to import: not for --help
 
-    images = Path(data_dir, "MNIST", "raw", "train-images-idx3-ubyte")
-    labels = images.with_name("train-labels-idx1-ubyte")
+    raw = Path(data_dir, "MNIST", "raw")
     try:
-        if not any(images.parent.glob("train-*ubyte")):  # the download would replace files of your own
-            mnist.MNIST(data_dir, download=True)
-        return mnist.read_image_file(images)[:, None], mnist.read_label_file(labels)
+        if not raw.exists():  # in this folder, the download would replace files of your own
+            print(f"downloading MNIST (12 MB) to {raw}", flush=True)
+            raw.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".tmp") as folder:
+                mnist.MNIST(folder, download=True)
+                with contextlib.suppress(OSError):  # another process has put its download there meanwhile
+                    os.rename(f"{folder}/MNIST/raw", raw)
+        images = mnist.read_image_file(raw / "train-images-idx3-ubyte")
+        labels = mnist.read_label_file(raw / "train-labels-idx1-ubyte")
     except Exception as error:  # no network, a full disk, a damaged file: each has a type of its own
-        hint = f"{images.parent} must have {images.name} and {labels.name}, or neither: then MNIST is downloaded"
-        raise UserError(f"no training data ({error!r}); {hint}") from error
+        files = "train-images-idx3-ubyte and train-labels-idx1-ubyte"
+        raise UserError(f"no MNIST ({error!r}): {raw} must have {files}; without {raw}, they are downloaded") from error
+    return images[:, None], labels, [str(label) for label in range(labels.max() + 1)]
 
 
-def load_data(data_dir: str, device: torch.device, world: int) -> tuple[Tensor, Tensor]:
-    """What load_mnist returns, checked, on the device. Raises UserError."""
-    is_first = os.environ.get("LOCAL_RANK") == "0"  # on this machine: it may download, the others wait
-    if world > 1 and not is_first:
-        dist.barrier()
-    images, labels = load_mnist(data_dir)
-    if world > 1 and is_first:
-        dist.barrier()
+def load_folders(data_dir: str, folders: list[str]) -> tuple[Tensor, Tensor, list[str]]:
+    """The same for pictures in a folder for each class, in the order of the folders. Raises UserError or OSError."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    classes = set(labels.flatten().tolist())
+    samples = make_dataset(data_dir, {name: label for label, name in enumerate(folders)}, IMG_EXTENSIONS)
+    images = torch.stack([load_picture(path) for path, _ in samples])
+    labels = torch.tensor([label for _, label in samples])
+    return images, labels, [f"{label} {name}" for label, name in enumerate(folders)]
+
+
+def load_picture(path: str) -> Tensor:
+    """A picture as uint8 [1,28,28]: upright, on white, grey, squeezed to this size. Raises UserError."""
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path))
+        if picture.mode[0] in "IF":
+            raise ValueError("it has 16 bits or floats; save it with 8 bits")
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture).convert("L").resize(IMAGE_SHAPE[:0:-1])  # width, height
+    except Exception as error:  # damaged pictures make Pillow raise errors of many types
+        raise UserError(f"cannot use {path}: {error}") from error
+    return torch.from_numpy(np.array(picture))[None]
+
+
+def load_data(data_dir: str) -> tuple[Tensor, Tensor, list[str]]:
+    """What the loader that fits the folder returns. Raises UserError or OSError."""
+    folders = sorted(os.path.dirname(name) for name in glob.glob("*/", root_dir=data_dir))  # none with a leading dot
+    if not folders and glob.glob("*", root_dir=data_dir):
+        raise UserError(f"{data_dir} must have a folder of pictures for each class, or only MNIST/, or nothing")
+    images, labels, names = load_mnist(data_dir) if folders in ([], ["MNIST"]) else load_folders(data_dir, folders)
+
     right = images.dtype == torch.uint8 and images.shape[1:] == IMAGE_SHAPE and labels.shape == images.shape[:1]
-    if not right or not classes <= set(range(N_CLASSES)):
-        found = f"images {images.dtype} {list(images.shape)}, labels {list(labels.shape)}, which are {classes}"
-        raise UserError(f"images must be uint8 {IMAGE_SHAPE}, each with a label 0 .. {N_CLASSES - 1}; found: {found}")
-    return images.to(device), labels.to(device, torch.int64)
+    if not right or labels.is_floating_point() or (labels < 0).any():  # this would train, but wrongly
+        found = f"{images.dtype} {list(images.shape)} with labels {labels.dtype} {list(labels.shape)}"
+        found += f" in {labels.min()} .. {labels.max()}"
+        raise UserError(f"images must be uint8 {IMAGE_SHAPE}, each with a whole label from 0 up, not {found}")
+    return images, labels.long(), names
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def resume(args: argparse.Namespace, fingerprint: dict, parts: dict) -> int:
-    """Loads what `save` wrote into parts. Returns the number of epochs that are done. Raises UserError."""
+def resume(args: argparse.Namespace, data: dict, parts: dict) -> int:
+    """Loads what `save` wrote into parts. Returns the number of epochs that are done. Raises UserError or OSError."""
     path = f"{args.weights}.train"
     with ddpm_model.read_state(path) as state:
-        data, epochs_done = state["data"], state["epoch"]
+        old_data, epochs_done = state["data"], state["epoch"]
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-    if data != fingerprint:
-        raise UserError(f"the data differ from those of the run in {path}: {fingerprint}, not {data}")
+    if data != old_data:
+        raise UserError(f"the data differ from those of the run in {path}: {data}, not {old_data}")
     return epochs_done
 
 
@@ -149,29 +188,31 @@ def learning_rate(step: int, n_steps: int, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * (step - warmup) / (n_steps - warmup))) / 2
 
 
-def report(epoch: int, epochs: int, *, done: float, loss: float, start: float) -> str:
+def report(epoch: int, epochs: int, done: float, loss: float, start: float) -> str:
     """The progress line of an epoch that began at time start. done: share of its steps, in (0, 1]."""
     seconds = time.perf_counter() - start
     left = seconds / done * (epochs - epoch + 1 - done) / 60
     return f"epoch {epoch:2d}/{epochs}  {done:4.0%}  loss {loss:.5f}  {seconds:.0f} s  {left:.1f} min left"
 
 
-def save(args: argparse.Namespace, fingerprint: dict, epoch: int, parts: dict) -> None:
-    """Writes the training state, the weights, and then a preview with six digits of each class.
+def save(args: argparse.Namespace, data: dict, epoch: int, parts: dict) -> None:
+    """Writes the training state, the weights, and then a preview with six images of each class.
 
     A failed save is only a warning, except after the last epoch: there it raises OSError.
     """
-    options = {name: value for name, value in vars(args).items() if name not in ("weights", "device", "resume")}
+    own = ("weights", "device", "resume")  # of each command: --resume takes all other options from the state
+    options = {name: value for name, value in vars(args).items() if name not in own}
     states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"options": options, "data": data, "epoch": epoch, "parts": states}
     ema = parts["ema"]
+    n_classes = ema.nn_model.n_classes
     try:
-        state = {"options": options, "data": fingerprint, "epoch": epoch, "parts": states}
         ddpm_model.write_state(f"{args.weights}.train", state)
         ddpm_model.save_weights(args.weights, ema)
         generator = torch.Generator().manual_seed(0)
-        digits = ema.sample(6 * list(range(N_CLASSES)), steps=min(50, ema.n_T), generator=generator)
+        drawn = ema.sample(6 * list(range(n_classes)), steps=min(50, ema.n_T), generator=generator)
         with ddpm_model.atomic_write(f"{args.weights}.epoch_{epoch:02d}.png") as temporary:
-            ddpm_model.image_grid(digits, columns=N_CLASSES, scale=3).save(temporary)
+            ddpm_model.image_grid(drawn, columns=n_classes, scale=3).save(temporary)
         print(f"saved {args.weights}", flush=True)
     except OSError as error:
         if epoch == args.epochs:
@@ -189,26 +230,29 @@ def main() -> None:
         check_weights(args)
 
     # Data
-    images, labels = load_data(args.data_dir, device, world)
-    fingerprint = {"images": len(images), "sum of pixels": images.sum().item()}  # a resumed run must have the same
-    n_batches = len(images) // args.batch_size  # of the same size: what is left of an epoch is not used
+    images, labels, names = load_data(args.data_dir)
+    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    data = {"images": len(images), "classes": names, "sha256": digest}  # a resumed run must have the same
+    images, labels = images.to(device), labels.to(device)
+    n_batches = len(images) // args.batch_size  # full ones: what is left of an epoch is not used
     if n_batches == 0 or args.batch_size % world:
         raise UserError(f"--batch-size must be at most {len(images)} (images) and a multiple of {world} (processes)")
 
     # Model
     torch.manual_seed(args.seed)
-    # channels_last: convolutions are faster with it.
-    ddpm = DDPM(ContextUnet(args.n_feat), args.n_T, args.drop_prob).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(ddpm).requires_grad_(False)  # the average of the weights over the last steps
+    nn_model = ContextUnet(args.n_feat, n_classes=len(names))
+    ddpm = DDPM(nn_model, args.n_T, args.drop_prob).to(device, memory_format=torch.channels_last)  # faster convolutions
+    ema = copy.deepcopy(ddpm).requires_grad_(False)  # has an exponential moving average of the weights
     # AdamW is the Adam of the paper, with weight decay. fused: one operation for all weights; not on MPS in torch 2.4.
     optimizer = torch.optim.AdamW(ddpm.parameters(), fused=device.type in ("cpu", "cuda"))
-    parts = {"ddpm": ddpm, "ema": ema, "optimizer": optimizer}
+    parts = {"ddpm": ddpm, "ema": ema, "optimizer": optimizer}  # what a save keeps
 
     # Resume
-    epochs_done = resume(args, fingerprint, parts) if args.resume else 0
+    epochs_done = resume(args, data, parts) if args.resume else 0
     if rank == 0:
         if args.resume:
             ddpm_model.save_weights(args.weights, ema)  # the file may be missing, or of another save
+        print(f"{len(images)} images of the classes {', '.join(names)}")
         print(f"{epochs_done} of {args.epochs} epochs are done, {n_batches} steps each, on {world} x {device.type}")
 
     # Loop. Each epoch seeds the random numbers anew, so a resumed run draws those of a run that was not stopped.
@@ -232,22 +276,22 @@ def main() -> None:
             optimizer.step()
 
             decay = min(EMA_DECAY, (1 + step) / (10 + step))  # small at first, to forget the random start
-            # ema = decay ema + (1 - decay) ddpm, for all weights at once.
-            get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(ddpm.parameters()), None)
+            update_ema = get_ema_multi_avg_fn(decay)
+            update_ema(list(ema.parameters()), list(ddpm.parameters()), None)  # ema = decay ema + (1 - decay) ddpm
 
             total += loss.detach()
-            if rank == 0 and (i % 20 == 0 or i == n_batches - 1):
-                line = report(epoch, args.epochs, done=(i + 1) / n_batches, loss=total.item() / (i + 1), start=start)
-                ddpm_model.show_progress(line)
+            if rank == 0 and i % 20 == 0:
+                done = (i + 1) / n_batches
+                ddpm_model.show_progress(report(epoch, args.epochs, done, total.item() / (i + 1), start))
 
-        # Save, at the end of an epoch.
+        # Save, at the end of an epoch. All processes have the same weights.
         ddpm_model.show_progress("")
-        if not math.isfinite(total):
-            raise UserError(f"the loss is {total / n_batches} in epoch {epoch}; a lower --lr may help")
+        if not all(weights.isfinite().all() for weights in ema.parameters()):
+            raise UserError(f"there is a NaN or infinity in the weights after epoch {epoch}; a lower --lr may help")
         if rank == 0:
-            print(line, flush=True)
+            print(report(epoch, args.epochs, 1, total.item() / n_batches, start), flush=True)
             if epoch % args.save_every == 0 or epoch == args.epochs:
-                save(args, fingerprint, epoch, parts)
+                save(args, data, epoch, parts)
 
     if world > 1:
         dist.destroy_process_group()
