@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_ddpm
-from ddpm_model import DDPM, IMAGE_SHAPE, N_CLASSES, ContextUnet, one_line_errors, pick_device
+from ddpm_model import DDPM, IMAGE_SHAPE, ContextUnet, one_line_errors, pick_device
 
 PROJECT = Path(__file__).resolve().parent.parent
 N_IMAGES = 60_000  # of an epoch
@@ -42,16 +42,16 @@ def seconds(work: Callable[[], object], device: torch.device, runs: int = 5) -> 
 @one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what training and drawing cost on this machine.")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda ...; auto is the GPU, if there is one")
     device = pick_device(parser.parse_args().device)
     options = train_ddpm.parse_args([])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{device.type}, {name}, torch {torch.__version__}", flush=True)
+    print(f"measuring for some minutes: {device.type}, {name}, torch {torch.__version__}", flush=True)
 
     ddpm = DDPM(ContextUnet(options.n_feat)).to(device, memory_format=torch.channels_last)
     n_parameters = sum(parameter.numel() for parameter in ddpm.parameters())
     x = torch.rand(options.batch_size, *IMAGE_SHAPE, device=device)
-    c = torch.arange(options.batch_size, device=device) % N_CLASSES
+    c = torch.arange(options.batch_size, device=device) % 10
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ddpm.guided_v(x[:1], c[:1], t=1, guide_w=0)
     gflop = counter.get_total_flops() / 1e9  # an addition and a multiplication are two operations
@@ -72,11 +72,15 @@ def main() -> None:
     with train_ddpm.autocast(device):
         precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
     epoch = seconds(train_20_steps, device) / (20 * options.batch_size) * N_IMAGES
-    print(f"training, {precision}, batch {options.batch_size}: {epoch:.1f} s an epoch of {N_IMAGES:,}", flush=True)
+    whole = f"{options.epochs} epochs in {options.epochs * epoch / 60:.0f} min"
+    print(
+        f"training, {precision}, batch {options.batch_size}: {epoch:.1f} s an epoch of {N_IMAGES:,}, {whole}",
+        flush=True,
+    )
     nine = torch.full((9,), 5, device=device)
     for steps in (ddpm.n_T, 50):
         print(f"nine digits, {steps} steps: {seconds(lambda s=steps: ddpm.sample(nine, steps=s), device):.2f} s")
-    many = torch.arange(N_CLASSES, device=device).repeat(10 if device.type == "cpu" else 400)
+    many = torch.arange(10, device=device).repeat(10 if device.type == "cpu" else 400)
     rate = len(many) / seconds(lambda: ddpm.sample(many, steps=50), device, runs=3)
     print(f"batches of {len(many)}, 50 steps: {rate:.0f} digits a second", flush=True)
     with tempfile.TemporaryDirectory() as folder:

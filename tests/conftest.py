@@ -1,4 +1,4 @@
-"""What the tests share: a copy of the project, a small data set in MNIST's format, and ways to run the scripts."""
+"""What the tests share: a small network, a small data set in MNIST's format, and ways to run the scripts."""
 
 import contextlib
 import importlib
@@ -8,50 +8,54 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ddpm_model import IMAGE_SHAPE, N_CLASSES
+from ddpm_model import DDPM, IMAGE_SHAPE, ContextUnet
 
 PROJECT = Path(__file__).resolve().parent.parent
+N_CLASSES = 7  # of the small network, where a test does not ask for another number
+LABELS = torch.arange(64) % 10  # of the small data set
 SMALL_RUN = ("--n-feat", "8", "--n-T", "40", "--batch-size", "16", "--data-dir", "small", "--device", "cpu")
-TOO_LONG = 300 * "w"  # more than any file system takes as a name
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs signals that Windows does not have")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so its children
 
 
-def write_small_mnist(data_dir: Path, n_images: int = 64) -> None:
-    """What load_mnist reads: a bright bar at a height that is the label, and the image's number in a corner pixel.
+def small_ddpm(n_feat: int = 8, n_classes: int = N_CLASSES, n_T: int = 40, drop_prob: float = 0.1) -> DDPM:
+    """Quick and untrained, always the same, with a network of which every part counts, also what starts at 0."""
+    torch.manual_seed(0)
+    ddpm = DDPM(ContextUnet(n_feat, n_classes), n_T, drop_prob)
+    with torch.no_grad():
+        for parameter in ddpm.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return ddpm
 
-    All tests take their data from here. With a load_mnist of your own, change this function to what yours reads.
-    """
+
+def write_small_mnist(data_dir: Path, labels: torch.Tensor = LABELS) -> None:
+    """What load_mnist reads: a bright bar at a height that is the label, and the image's number in a corner pixel."""
     raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    labels = (torch.arange(n_images) % N_CLASSES).byte()
-    images = torch.zeros(n_images, *IMAGE_SHAPE, dtype=torch.uint8)
-    images[:, 0, 0, 0] = torch.arange(n_images)
+    images = torch.zeros(len(labels), *IMAGE_SHAPE, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(len(labels))
     for image, label in zip(images, labels.tolist()):
         image[:, 2 * label + 3 : 2 * label + 6, 6:22] = 255
     for split in ("train", "t10k"):
-        for name, tensor in (("images-idx3", images[:, 0]), ("labels-idx1", labels)):
+        for name, tensor in (("images-idx3", images[:, 0]), ("labels-idx1", labels.byte())):
             header = struct.pack(f">BBBB{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)  # 8 is uint8
             (raw / f"{split}-{name}-ubyte").write_bytes(header + tensor.numpy().tobytes())
 
 
-def fill(folder: Path) -> Path:
-    """Puts the scripts and the small data set into a folder, but no weights and no pictures."""
-    for path in PROJECT.glob("*.py"):
-        shutil.copy(path, folder)
-    write_small_mnist(folder / "small")
-    return folder
-
-
 @pytest.fixture
 def workdir(tmp_path) -> Path:
-    return fill(tmp_path)
+    """A folder with the scripts and the small data set, but no weights and no pictures."""
+    for path in PROJECT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    write_small_mnist(tmp_path / "small")
+    return tmp_path
 
 
 def link(path: Path, target: str | Path) -> None:
@@ -61,6 +65,19 @@ def link(path: Path, target: str | Path) -> None:
         path.symlink_to(target)
     except (OSError, NotImplementedError):
         pytest.skip("no symbolic links here")
+
+
+def progress_lines(monkeypatch, work: Callable[[], object]) -> tuple[object, list[str]]:
+    """What work returns and writes to stderr, a terminal of 40 columns: lines that each overwrite the one before."""
+    controller, terminal = os.openpty()
+    with open(controller, newline="\n") as screen, open(terminal, "w") as stderr, monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "40")
+        patch.setattr(sys, "stderr", stderr)
+        result = work()
+        print("end", file=stderr, flush=True)
+        *lines, end, _ = screen.readline().split("\r")
+    assert end == "end" and all(len(line) == 39 for line in lines), lines
+    return result, [line.rstrip() for line in lines]
 
 
 @contextlib.contextmanager
@@ -114,5 +131,4 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *mentions: str | 
     """The command failed with status 1 and one line on stderr that has all of mentions."""
     assert result.returncode == 1, result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    for text in mentions:
-        assert str(text) in result.stderr, result.stderr
+    assert all(str(text) in result.stderr for text in mentions), result.stderr

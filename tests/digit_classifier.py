@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ddpm_model import one_line_errors
 
 FIXTURE = Path(__file__).parent / "fixtures" / "digit_classifier.pth"
+N_CLASSES = 10
 
 
 def conv(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -30,7 +31,7 @@ def conv(in_channels: int, out_channels: int) -> nn.Sequential:
 class DigitClassifier(nn.Module):
     """Images [B,1,28,28] in [0,1] -> logits [B,n_classes]. `trunk` gives the 64 features before the last layer."""
 
-    def __init__(self, n_classes: int = 10):
+    def __init__(self, n_classes: int = N_CLASSES):
         super().__init__()
         self.trunk = nn.Sequential(
             conv(1, 16), conv(16, 24), nn.MaxPool2d(2),

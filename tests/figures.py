@@ -1,6 +1,6 @@
-"""Draws the pictures that README explains the model with, into generated_outputs. They need MNIST.
+"""Draws the pictures that README explains the model with, into try/. They need MNIST.
 
-python -m tests.figures --seed 6              # all but learning.png, with the shipped weights
+python -m tests.figures --seed 6              # all but learning.png, with the included weights
 python -m tests.figures --learning            # learning.png; trains for 30 epochs
 """
 
@@ -21,8 +21,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import ddpm_model
 import train_ddpm
-from ddpm_model import DDPM, N_CLASSES, ContextUnet, atomic_write, image_grid, load_ddpm, number, one_line_errors
-from tests.digit_classifier import judge, load_classifier
+from ddpm_model import DDPM, ContextUnet, atomic_write, image_grid, load_ddpm, number, one_line_errors
+from tests.digit_classifier import N_CLASSES, judge, load_classifier
 from tests.evaluate import load, random_of_each_class
 
 SCALE = 4  # pixels of a picture for one of a digit, in each direction
@@ -100,7 +100,7 @@ def estimates(ddpm: DDPM, seed: int) -> Image.Image:
     ddpm.guided_v = remember
     draw(ddpm, seed)
     del ddpm.guided_v
-    return labelled([("", "noisy digits|clean, as estimated")] + [(f"t = {t}", shown[t]) for t in timesteps])
+    return labelled([("", "noisy images|clean, as estimated")] + [(f"t = {t}", shown[t]) for t in timesteps])
 
 
 def guidance(ddpm: DDPM, seed: int) -> Image.Image:
@@ -129,15 +129,21 @@ def steps(ddpm: DDPM, seed: int) -> Image.Image:
 
 
 def copies(ddpm: DDPM, seed: int, train: Tensor, test: Tensor) -> Image.Image:
-    """Of 500 drawn digits the first of each class, above the nearest training images. Prints distances of all."""
+    """Drawn digits and test images, ten of each, above the nearest training images. Prints distances of all.
+
+    Ten: the first of each class, of 500 drawn digits; of the test images [10 N,1,28,28], every N-th.
+    """
     drawn = draw(ddpm, seed, ALL.repeat(50), steps=50)
-    for name, images in (("test images", test), ("drawn digits", drawn)):
+    rows = []
+    for name, images, ten in (("drawn", drawn, ALL), ("test", test, ALL * (len(test) // N_CLASSES))):
         distance, nearest = torch.cdist(images.flatten(1), train.flatten(1)).min(dim=1)
         low, median = distance.quantile(torch.tensor([0.01, 0.5])).tolist()
-        print(f"{len(images)} {name} to the nearest training image: median {median:.2f}, 1st percentile {low:.2f}")
-    first = slice(N_CLASSES)
-    distances = "|".join(f"{value:.1f}" for value in distance[first])
-    return labelled([("drawn", row(drawn[first])), ("nearest", row(train[nearest[first]])), ("distance", distances)])
+        print(
+            f"{len(images)} {name} images to the nearest training image: median {median:.2f}, 1st percentile {low:.2f}"
+        )
+        distances = "|".join(f"{value:.1f}" for value in distance[ten])
+        rows += [(name, row(images[ten])), ("nearest", row(train[nearest[ten]])), ("distance", distances)]
+    return labelled(rows)
 
 
 def learning(seed: int, data_dir: str) -> Image.Image:
@@ -168,11 +174,13 @@ def learning(seed: int, data_dir: str) -> Image.Image:
 
 @one_line_errors()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the pictures of README.")
+    parser = argparse.ArgumentParser(
+        description="Draw the pictures of README.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--weights", type=os.path.expanduser, default="weights/ddpm_mnist.pth", help="draw with these")
     add("--data-dir", type=os.path.expanduser, default="data", help="folder of MNIST; downloaded if missing")
-    add("--outdir", type=os.path.expanduser, default="generated_outputs", help="where the pictures go")
+    add("--outdir", type=os.path.expanduser, default="try", help="where the pictures go")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the noise")
     add("--learning", action="store_true", help="learning.png alone: trains as train_ddpm.py does, keeps no weights")
     args = parser.parse_args()
@@ -188,8 +196,10 @@ def main() -> None:
         pictures["noise_levels"] = noise_levels(ddpm, args.seed, one_of_each)
         pictures["copies"] = copies(ddpm, args.seed, train, some)
     for name, picture in pictures.items():
-        with atomic_write(Path(args.outdir, f"{name}.png")) as temporary:
+        path = Path(args.outdir, f"{name}.png")
+        with atomic_write(path) as temporary:
             picture.save(temporary)
+        print(f"saved {path}")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,20 @@ import inspect
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 import inference_ddpm
 import train_ddpm
 from ddpm_model import DDPM, GUIDANCE_INTERVAL, ContextUnet
-from tests.conftest import PROJECT, fill, write_small_mnist
+from tests.conftest import PROJECT, write_small_mnist
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")  # a line that ends in \ goes on
 RECORD = (PROJECT / "tests" / "README.md").read_text(encoding="utf-8")
 ENGLISH, CHINESE = re.split(r"^(?=#+ .*[一-龥])", README, maxsplit=1, flags=re.M)  # at the first Chinese heading
-SCRIPTS = ("train_ddpm.py", "inference_ddpm.py", "stitch_images.py", "tests.evaluate", "tests.figures")
+SCRIPTS = ("train_ddpm.py", "inference_ddpm.py", "stitch_images.py")
+TOOLS = ("tests.evaluate", "tests.figures", "tests.benchmark", "tests.digit_classifier")
 
 
 def code_blocks(text: str, language: str) -> list[str]:
@@ -42,21 +44,21 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_four_commands(tmp_path, call, monkeypatch):
+def test_four_commands(workdir, call, monkeypatch):
     """They run in their order in a fresh copy, and write what they should."""
     four = README.split("<!-- commands -->")[1].split("<!-- end -->")[0]
     # To be quick, training is that of a small network on 64 bars, one step an epoch, and its previews show noise.
-    monkeypatch.setattr(train_ddpm, "ContextUnet", lambda n_feat: ContextUnet(n_feat // 4))
-    monkeypatch.setattr(DDPM, "sample", lambda self, c, **options: next(self.denoise(c)))
-    write_small_mnist(fill(tmp_path) / "data")
+    monkeypatch.setattr(train_ddpm, "ContextUnet", lambda n_feat, n_classes: ContextUnet(n_feat // 4, n_classes))
+    monkeypatch.setattr(DDPM, "sample", lambda self, c, **options: next(self.denoise(c))[1])
+    write_small_mnist(workdir / "data")
     for folder in ("weights", "generated_outputs"):
-        shutil.copytree(PROJECT / folder, tmp_path / folder)
+        shutil.copytree(PROJECT / folder, workdir / folder)
     for command, names in commands(four):
         for name in names:
-            (tmp_path / name).unlink(missing_ok=True)
-        result = call(tmp_path, *command.split()[1:])
-        assert result.returncode == 0 and all((tmp_path / name).exists() for name in names), result.stderr
-    assert all(part in four for part in (*SCRIPTS[:3], "--digit", "--video"))
+            (workdir / name).unlink(missing_ok=True)
+        result = call(workdir, *command.split()[1:])
+        assert result.returncode == 0 and all((workdir / name).exists() for name in names), result.stderr
+    assert all(part in four for part in (*SCRIPTS, "--digit", "--video"))
 
 
 def test_defaults(monkeypatch):
@@ -64,13 +66,11 @@ def test_defaults(monkeypatch):
     monkeypatch.setattr("sys.argv", ["inference_ddpm.py"])
     train, drawing = train_ddpm.parse_args([]), inference_ddpm.parse_args()
     assert (train.epochs, train.batch_size, train.lr, train.seed) == (30, 64, 4e-3, 0)
-    assert (drawing.digit, drawing.count, drawing.scale, drawing.steps) == ([5], 9, 4, None)
-    assert (train.n_feat, train.n_T, train.drop_prob, drawing.guide_w, drawing.eta) == (32, 400, 0.1, 0.25, 1)
-    assert GUIDANCE_INTERVAL == (0.4, 0.9)
-    scripts = vars(train) | vars(drawing)
-    for function in (ContextUnet, DDPM, DDPM.denoise):
-        for name, parameter in inspect.signature(function).parameters.items():
-            assert parameter.default in (inspect.Parameter.empty, scripts.get(name)), name
+    assert (drawing.count, drawing.scale, GUIDANCE_INTERVAL) == (9, 4, (0.4, 0.9))
+    shared = {"n_feat": 32, "n_T": 400, "drop_prob": 0.1, "guide_w": 0.25, "eta": 1, "steps": None}
+    parameters = [inspect.signature(function).parameters for function in (ContextUnet, DDPM, DDPM.denoise)]
+    library = {name: parameter.default for some in parameters for name, parameter in some.items()}
+    assert shared.items() <= (vars(train) | vars(drawing)).items() and shared.items() <= library.items()
     for stated in (r"\b30 .{0,2}epoch", r"\b400 .{0,3}(step|步)", r"\b0\.25"):
         assert re.search(stated, ENGLISH) and re.search(stated, CHINESE), stated
 
@@ -86,14 +86,13 @@ def test_python_code():
 
 def test_options_exist(tmp_path, call):
     """Those behind a script's name belong to it. A code span that starts with an option is about any of the scripts."""
-    options = {}
-    for script in SCRIPTS:
-        options[script] = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", call(tmp_path, script, "--help").stdout, re.M))
+    texts = {script: call(tmp_path, script, "--help").stdout for script in SCRIPTS + TOOLS}
+    options = {script: set(re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.M)) for script, text in texts.items()}
     options["any"] = set.union(*options.values())
     text = README + RECORD
     named = []
     for line in "".join(code_blocks(text, "bash")).splitlines() + re.findall(r"`([^`\n]+)`", text):
-        before, *parts = re.split(f"({'|'.join(map(re.escape, SCRIPTS))})", line.split("#")[0])
+        before, *parts = re.split(f"({'|'.join(map(re.escape, texts))})", line.split("#")[0])
         if before.startswith("--"):
             parts += ["any", before]
         for script, words in zip(parts[::2], parts[1::2]):
@@ -101,15 +100,11 @@ def test_options_exist(tmp_path, call):
     assert len(named) > 10 and [(script, name) for script, name in named if name not in options[script]] == []
 
 
-def test_functions_exist():
-    """The tables of equations and of what is beyond the paper name functions, classes, layers and files."""
-    code = "".join((PROJECT / script).read_text(encoding="utf-8") for script in ("ddpm_model.py", *SCRIPTS[:3]))
+def test_names_exist():
+    """Functions, classes, layers and files in the tables; pictures and links, from where the text stands."""
+    code = "".join((PROJECT / script).read_text(encoding="utf-8") for script in ("ddpm_model.py", *SCRIPTS))
     names = re.findall(r"^\|.*?\| `(\w+)` \|", ENGLISH + RECORD, flags=re.M)
     assert names and all(re.search(rf"(def|class) {name}\b|self\.{name} = ", code) for name in names), names
-
-
-def test_files_exist():
-    """Pictures and links, from where the text stands."""
     for text, folder in ((README, PROJECT), (RECORD, PROJECT / "tests")):
         names = re.findall(r'(?:\]\(|src=")([^)"#:\s]+)[)"#\s]', text)
         assert names and all((folder / name).exists() for name in names), names
@@ -137,12 +132,12 @@ def test_no_command_replaces_a_file():
 
 
 def test_nothing_else_is_needed():
-    """No other packages, and no other files at the top level. In a copy without git, there is nothing to ask."""
+    """No other packages. What is shipped is committed; files of your own may be too. Without git, nothing is asked."""
     packages = ["torch>=2.4", "torchvision", "numpy", "opencv-python", "pillow"]
     assert (PROJECT / "requirements.txt").read_text(encoding="utf-8").split() == packages
+    code = "".join((PROJECT / script).read_text(encoding="utf-8") for script in ("ddpm_model.py", *SCRIPTS))
+    imported = set(re.findall(r"^ *(?:import|from(?=.* import )) (\w+)", code, re.M))
+    assert imported - sys.stdlib_module_names == {"torch", "torchvision", "numpy", "cv2", "PIL", "ddpm_model"}
     git = subprocess.run("git --git-dir=.git ls-files", shell=True, cwd=PROJECT, capture_output=True, encoding="utf-8")
-    found = {path.split("/")[0] for path in git.stdout.split() if not path.startswith(".")}
-    assert not found or found == {
-        "README.md", "ddpm_model.py", "generated_outputs", "inference_ddpm.py", "requirements.txt", "stitch_images.py",
-        "tests", "train_ddpm.py", "weights",
-    }  # fmt: skip
+    shipped = {"README.md", "ddpm_model.py", *SCRIPTS, "requirements.txt", "generated_outputs", "tests", "weights"}
+    assert not git.stdout or shipped <= {path.split("/")[0] for path in git.stdout.split()}
