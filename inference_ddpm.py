@@ -102,7 +102,8 @@ def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:
             raise UserError(f"not all {len(video)} frames of {path} were written: a full disk, or OpenCV without VP9")
 
     with ddpm_model.atomic_write(path.with_suffix(".gif")) as temporary:
-        pictures = [Image.fromarray(frame // 17 * 17) for frame in frames[::2]]  # 16 grey levels: a smaller file
+        # 16 grey levels: a smaller file
+        pictures = [Image.fromarray(np.uint8(np.round(frame / 17) * 17)) for frame in frames[::2]]
         durations = [70] * (len(pictures) - 1) + [2000]  # ms, about two frames; GIF counts in units of 10 ms
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     print(f"saved {path} and .gif (seed {args.seed})")

@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop-prob", type=number(float, 0, 0.99), default=0.1, help="how often the class is hidden")
     add("--n-feat", type=number(int, 1, 256), default=32, help="channels at 14x14; at 7x7, three times as many")
     add("--n-T", type=number(int, 1, 10_000), default=400, help="number of timesteps")
-    add("--data-dir", type=os.path.expanduser, default="data", help="for MNIST, or with a folder of pictures a class")
+    add("--data-dir", type=os.path.expanduser, default="data", help="MNIST, or a folder of pictures for each class")
     add("--weights", type=os.path.expanduser, default="weights/ddpm_mnist.pth", help="written at each save")
     add("--save-every", type=number(int, 1, 10**6), default=5, help="epochs between saves")
     add("--seed", type=number(int, 0, 10**9), default=0, help="seed of all random numbers")
