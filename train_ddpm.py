@@ -120,10 +120,11 @@ def load_mnist(data_dir: str) -> tuple[Tensor, Tensor, list[str]]:
                     os.rename(f"{folder}/MNIST/raw", raw)
         images = mnist.read_image_file(raw / "train-images-idx3-ubyte")
         labels = mnist.read_label_file(raw / "train-labels-idx1-ubyte")
+        names = [str(label) for label in range(labels.max() + 1)]
     except Exception as error:  # no network, a full disk, a damaged file: each has a type of its own
         files = "train-images-idx3-ubyte and train-labels-idx1-ubyte"
         raise UserError(f"no MNIST ({error!r}): {raw} must have {files}; without {raw}, they are downloaded") from error
-    return images[:, None], labels, [str(label) for label in range(labels.max() + 1)]
+    return images[:, None], labels, names
 
 
 def load_folders(data_dir: str, folders: list[str]) -> tuple[Tensor, Tensor, list[str]]:
