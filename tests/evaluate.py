@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ddpm_model import DDPM, GUIDE_W, UserError, load_ddpm, number, one_line_errors, pick_device
 from tests.digit_classifier import N_CLASSES, DigitClassifier, judge, load_classifier, train
+from train_ddpm import load_mnist
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mnist_features.pth"
 MAX_PER_CLASS = 500  # images of each digit that are judged at a time
@@ -100,11 +101,11 @@ def load(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
     """MNIST, downloaded where it is missing: images [N,1,28,28] in [0, 1] and labels [N]. Raises UserError."""
     from torchvision.datasets import MNIST  # slow to import
 
-    raw = Path(data_dir, "MNIST", "raw")
+    load_mnist(data_dir)  # as in training: downloads MNIST as a whole, and never over files that are there
     try:
-        mnist = MNIST(data_dir, train=train, download=not any(raw.glob("train-*ubyte")))
-    except Exception as error:  # no network, a full disk, a damaged file: each has a type of its own
-        raise UserError(f"no MNIST ({error}); {raw} must hold its four files, or none of them") from error
+        mnist = MNIST(data_dir, train=train)
+    except Exception as error:  # missing, or damaged: each has a type of its own
+        raise UserError(f"no MNIST ({error}); {Path(data_dir, 'MNIST', 'raw')} must hold its four files") from error
     return mnist.data[:, None] / 255, mnist.targets
 
 
