@@ -362,7 +362,8 @@ def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
 def one_line_errors() -> Iterator[None]:
     """For main: prints expected errors as one line and exits with 1; after Ctrl-C, exits with 130."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal lacks
+        # Lines come at once, also in a log file; a path may have letters that the terminal lacks.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         yield
     except (UserError, OSError, ImportError) as error:

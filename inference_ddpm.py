@@ -67,7 +67,7 @@ def draw_grids(ddpm: DDPM, args: argparse.Namespace) -> None:
         path = Path(args.outdir, f"digit_{digit}_grid.png")
         with ddpm_model.atomic_write(path) as temporary:
             ddpm_model.image_grid(images, ceil(sqrt(args.count)), args.scale).save(temporary)
-        print(f"saved {path} (seed {args.seed})", flush=True)
+        print(f"saved {path} (seed {args.seed})")
 
 
 def draw_video(ddpm: DDPM, args: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ torchrun --nproc-per-node=4 train_ddpm.py          # four GPUs share each batch 
 """
 
 import argparse
-import contextlib
 import copy
 import glob
 import hashlib
@@ -94,7 +93,7 @@ def autocast(device: torch.device) -> torch.autocast:
     has_bfloat16 = False
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.4 does not have it
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older versions of torch do not
         has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast("cuda" if device.type == "cuda" else "cpu", torch.bfloat16, enabled=has_bfloat16)
 
@@ -112,12 +111,15 @@ def load_mnist(data_dir: str) -> tuple[Tensor, Tensor, list[str]]:
     raw = Path(data_dir, "MNIST", "raw")
     try:
         if not raw.exists():  # in this folder, the download would replace files of your own
-            print(f"downloading MNIST (12 MB) to {raw}", flush=True)
+            print(f"downloading MNIST (12 MB) to {raw}")
             raw.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".tmp") as folder:
                 mnist.MNIST(folder, download=True)
-                with contextlib.suppress(OSError):  # another process has put its download there meanwhile
+                try:
                     os.rename(f"{folder}/MNIST/raw", raw)
+                except OSError:
+                    if not raw.exists():  # if it does, another process has put its download there meanwhile
+                        raise
         images = mnist.read_image_file(raw / "train-images-idx3-ubyte")
         labels = mnist.read_label_file(raw / "train-labels-idx1-ubyte")
         names = [str(label) for label in range(labels.max() + 1)]
@@ -154,7 +156,8 @@ def load_picture(path: str) -> Tensor:
 def load_data(data_dir: str) -> tuple[Tensor, Tensor, list[str]]:
     """What the loader that fits the folder returns. Raises UserError or OSError."""
     folders = sorted(os.path.dirname(name) for name in glob.glob("*/", root_dir=data_dir))  # none with a leading dot
-    if not folders and glob.glob("*", root_dir=data_dir):
+    mixed = "MNIST" in folders and len(folders) > 1
+    if mixed or (not folders and glob.glob("*", root_dir=data_dir)):
         raise UserError(f"{data_dir} must have a folder of pictures for each class, or only MNIST/, or nothing")
     images, labels, names = load_mnist(data_dir) if folders in ([], ["MNIST"]) else load_folders(data_dir, folders)
 
@@ -214,11 +217,11 @@ def save(args: argparse.Namespace, data: dict, epoch: int, parts: dict) -> None:
         drawn = ema.sample(6 * list(range(n_classes)), steps=min(50, ema.n_T), generator=generator)
         with ddpm_model.atomic_write(f"{args.weights}.epoch_{epoch:02d}.png") as temporary:
             ddpm_model.image_grid(drawn, columns=n_classes, scale=3).save(temporary)
-        print(f"saved {args.weights}", flush=True)
+        print(f"saved {args.weights}")
     except OSError as error:
         if epoch == args.epochs:
             raise
-        print(f"warning: the save of epoch {epoch} failed: {error}", flush=True)
+        print(f"warning: the save of epoch {epoch} failed: {error}")
 
 
 @ddpm_model.one_line_errors()
@@ -290,7 +293,7 @@ def main() -> None:
         if not all(weights.isfinite().all() for weights in ema.parameters()):
             raise UserError(f"there is a NaN or infinity in the weights after epoch {epoch}; a lower --lr may help")
         if rank == 0:
-            print(report(epoch, args.epochs, 1, total.item() / n_batches, start), flush=True)
+            print(report(epoch, args.epochs, 1, total.item() / n_batches, start))
             if epoch % args.save_every == 0 or epoch == args.epochs:
                 save(args, data, epoch, parts)
 

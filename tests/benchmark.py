@@ -46,7 +46,7 @@ def main() -> None:
     device = pick_device(parser.parse_args().device)
     options = train_ddpm.parse_args([])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"measuring for some minutes: {device.type}, {name}, torch {torch.__version__}", flush=True)
+    print(f"measuring for some minutes: {device.type}, {name}, torch {torch.__version__}")
 
     ddpm = DDPM(ContextUnet(options.n_feat)).to(device, memory_format=torch.channels_last)
     n_parameters = sum(parameter.numel() for parameter in ddpm.parameters())
@@ -70,19 +70,16 @@ def main() -> None:
             get_ema_multi_avg_fn(0.999)(list(ema.parameters()), list(ddpm.parameters()), None)
 
     with train_ddpm.autocast(device):
-        precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+        precision = "bf16" if torch.is_autocast_enabled("cuda" if device.type == "cuda" else "cpu") else "fp32"
     epoch = seconds(train_20_steps, device) / (20 * options.batch_size) * N_IMAGES
     whole = f"{options.epochs} epochs in {options.epochs * epoch / 60:.0f} min"
-    print(
-        f"training, {precision}, batch {options.batch_size}: {epoch:.1f} s an epoch of {N_IMAGES:,}, {whole}",
-        flush=True,
-    )
+    print(f"training, {precision}, batch {options.batch_size}: {epoch:.1f} s an epoch of {N_IMAGES:,}, {whole}")
     nine = torch.full((9,), 5, device=device)
     for steps in (ddpm.n_T, 50):
         print(f"nine digits, {steps} steps: {seconds(lambda s=steps: ddpm.sample(nine, steps=s), device):.2f} s")
     many = torch.arange(10, device=device).repeat(10 if device.type == "cpu" else 400)
     rate = len(many) / seconds(lambda: ddpm.sample(many, steps=50), device, runs=3)
-    print(f"batches of {len(many)}, 50 steps: {rate:.0f} digits a second", flush=True)
+    print(f"batches of {len(many)}, 50 steps: {rate:.0f} digits a second")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "inference_ddpm.py", "--device", str(device), "--outdir", folder]
         whole = seconds(lambda: subprocess.run(command, cwd=PROJECT, check=True, capture_output=True), device, runs=3)

@@ -164,7 +164,7 @@ def main() -> None:
         cells = [f"{accuracy:.2%}", *(f"{value:.3f}" for value in more)]
         cells += [f"{share:.2%}" for share in (box(images), box(images, above=0.2), centre(images))]
         cells += [f"{spread(images, N):.2f}", f"{told_apart(images[some], others):.1%}"]
-        print(f"{name:24}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+        print(f"{name:24}" + "".join(f"{cell:>11}" for cell in cells))
 
     columns = ("accuracy", "FID", "precision", "recall", "box", "box > 0.2", "centre", "spread", "told apart")
     print(f"{f'{N} images per class':24}" + "".join(f"{column:>11}" for column in columns))

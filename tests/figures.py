@@ -184,6 +184,7 @@ def main() -> None:
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the noise")
     add("--learning", action="store_true", help="learning.png alone: trains as train_ddpm.py does, keeps no weights")
     args = parser.parse_args()
+    os.makedirs(args.outdir, exist_ok=True)  # fails now, not after a training
     if args.learning:
         pictures = {"learning": learning(args.seed, args.data_dir)}
     else:

@@ -90,6 +90,8 @@ def test_pictures(folder, call, monkeypatch):
     assert all(f"saved {Path('try', name)}.png\n" in result.stdout for name in drawn)
     assert set(drawn) == {"noise_levels", "estimates", "guidance", "steps", "copies", "learning"}
     assert np.diff(np.split(drawn["learning"], 2), axis=0).any()  # training changes the digits
+    monkeypatch.setattr(figures, "learning", None)  # it is not reached
+    assert_one_line_error(call(folder, "tests.figures", "--learning", "--outdir", "small.pth"), "small.pth")
 
 
 def test_copies(monkeypatch, capsys):

@@ -282,6 +282,8 @@ def test_own_pictures(workdir, folder, train, steps, download):
     assert sorted(steps[0]["c"].tolist()) == [0, 1, 2, 3, 4]
     assert Image.open(f"{workdir / WEIGHTS}.epoch_01.png").width == 3 * (5 * (IMAGE_SHAPE[2] + 2) + 2)
     assert_one_line_error(train(workdir, "--data-dir", folder / "red"), folder, "must have a folder of pictures")
+    write_small_mnist(folder)  # which of the two is meant?
+    assert_one_line_error(train(workdir, "--data-dir", "own"), "own must have a folder of pictures", "or only MNIST/")
     assert not download.called and len(os.listdir(folder / "red")) == 2
 
 
@@ -326,7 +328,7 @@ def test_mnist_of_no_use(workdir, train, download, pattern, spoil):
     assert contents(workdir / "small") == before and not download.called
 
 
-def test_download(workdir, train, download):
+def test_download(workdir, monkeypatch, train, download):
     """Where nothing is. What failed or was stopped does not block the next; of two at once, the first one counts."""
     line = f"downloading MNIST (12 MB) to {'new' / RAW}\n"
     (workdir / "new").mkdir()
@@ -334,6 +336,9 @@ def test_download(workdir, train, download):
     download.side_effect = lambda folder: write_small_mnist(folder) or signal.raise_signal(signal.SIGINT)
     assert train(workdir, "--data-dir", "new").returncode == 130
     download.side_effect = write_small_mnist
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", Mock(side_effect=PermissionError("in use")))
+        assert_one_line_error(train(workdir, "--data-dir", "new"), "in use")
     assert train(workdir, "--data-dir", "new", "--epochs", "1").stdout.startswith(line + TEN)
     both = [(workdir / "both", torch.arange(32))]  # what another process has downloaded meanwhile
     download.side_effect = lambda folder: [write_small_mnist(*arguments) for arguments in [(folder,), *both]]
