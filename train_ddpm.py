@@ -80,7 +80,7 @@ def check_weights(args: argparse.Namespace) -> None:
     paths = [Path(os.path.realpath(f"{args.weights}{suffix}")) for suffix in ("", ".train")]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Two trials that change nothing: a new file of a longer name, and the old file.
+        # Two trials that change nothing: a temporary file (its name is longer than the preview's), and the old file.
         tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
         if os.path.lexists(path):
             path.open("r+b").close()
@@ -110,16 +110,13 @@ def load_mnist(data_dir: str) -> tuple[Tensor, Tensor, list[str]]:
 
     raw = Path(data_dir, "MNIST", "raw")
     try:
-        if not raw.exists():  # in this folder, the download would replace files of your own
+        if not raw.exists():  # never over files that are there: they may be your own
             print(f"downloading MNIST (12 MB) to {raw}")
             raw.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".tmp") as folder:
                 mnist.MNIST(folder, download=True)
-                try:
+                if not raw.exists():  # else another process has put its download there meanwhile
                     os.rename(f"{folder}/MNIST/raw", raw)
-                except OSError:
-                    if not raw.exists():  # if it does, another process has put its download there meanwhile
-                        raise
         images = mnist.read_image_file(raw / "train-images-idx3-ubyte")
         labels = mnist.read_label_file(raw / "train-labels-idx1-ubyte")
         names = [str(label) for label in range(labels.max() + 1)]
@@ -154,7 +151,7 @@ def load_picture(path: str) -> Tensor:
 
 
 def load_data(data_dir: str) -> tuple[Tensor, Tensor, list[str]]:
-    """What the loader that fits the folder returns. Raises UserError or OSError."""
+    """What load_mnist or load_folders returns, by what is in data_dir. Raises UserError or OSError."""
     folders = sorted(os.path.dirname(name) for name in glob.glob("*/", root_dir=data_dir))  # none with a leading dot
     mixed = "MNIST" in folders and len(folders) > 1
     if mixed or (not folders and glob.glob("*", root_dir=data_dir)):
@@ -173,7 +170,7 @@ def load_data(data_dir: str) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def resume(args: argparse.Namespace, data: dict, parts: dict) -> int:
-    """Loads what `save` wrote into parts. Returns the number of epochs that are done. Raises UserError or OSError."""
+    """Gives parts the state of the last save. Returns how many epochs are done. Raises UserError or OSError."""
     path = f"{args.weights}.train"
     with ddpm_model.read_state(path) as state:
         old_data, epochs_done = state["data"], state["epoch"]
@@ -259,7 +256,8 @@ def main() -> None:
         print(f"{len(images)} images of the classes {', '.join(names)}")
         print(f"{epochs_done} of {args.epochs} epochs are done, {n_batches} steps each, on {world} x {device.type}")
 
-    # Loop. Each epoch seeds the random numbers anew, so a resumed run draws those of a run that was not stopped.
+    # Loop. Each epoch seeds the random numbers anew, so a resumed run draws those of a run that was not stopped. The
+    # order of the images is the same in all processes; timesteps, noise and hidden classes are others in each.
     model = torch.nn.parallel.DistributedDataParallel(ddpm) if world > 1 else ddpm  # averages the gradients
     for epoch in range(epochs_done + 1, args.epochs + 1):
         seed = 100_000 * args.seed + epoch
@@ -274,7 +272,7 @@ def main() -> None:
 
             shard = batch.chunk(world)[rank]
             with autocast(device):
-                loss = model(images[shard] / 255, labels[shard])
+                loss = model(images[shard] / 255, labels[shard])  # DDPM.forward: algorithm 1
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
